@@ -1,0 +1,98 @@
+"""
+A mixture of experts as in DeepSeekMoE: one shared SwiGLU expert that every token takes, and E routed
+ones of which each token takes its top k. Dropless, causal, balanced without a loss.
+
+    python -m pytest test_engram.py -k moe
+
+The idea: parameters grow with E, compute with k. What a token is given depends on that token alone:
+there is no capacity limit (which would make a token's output hang on its neighbours', later ones
+included), and balance is kept by a per-expert bias that is moved between steps.
+
+Letters: S = B * T tokens, D width, E routed experts, k chosen per token, H hidden units per expert.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class SwiGLU(nn.Module):
+    """The feed-forward layer of a dense block, and the shared expert of a sparse one."""
+
+    def __init__(self, n_embd, hidden):
+        super().__init__()
+        self.w_in = nn.Linear(n_embd, 2 * hidden, bias=False)          # gate and up in one matmul
+        self.w_out = nn.Linear(hidden, n_embd, bias=False)
+
+    def forward(self, x):
+        gate, up = self.w_in(x).chunk(2, dim=-1)
+        return self.w_out(F.silu(gate) * up)
+
+
+class MoE(nn.Module):
+
+    def __init__(self, n_embd, shared_hidden, n_expert, expert_hidden, top_k):
+        super().__init__()
+        self.n_expert, self.top_k = n_expert, top_k
+        self.shared = SwiGLU(n_embd, shared_hidden)
+        if n_expert:
+            self.router = nn.Linear(n_embd, n_expert, bias=False)
+            self.w_in = nn.Parameter(torch.empty(n_expert, n_embd, 2 * expert_hidden))
+            self.w_out = nn.Parameter(torch.empty(n_expert, expert_hidden, n_embd))
+            self.register_buffer("bias", torch.zeros(n_expert))        # for selection only
+            self.register_buffer("load", torch.zeros(n_expert), persistent=False)
+
+    def forward(self, x, grouped=None):
+        """x [B, T, D] -> ([B, T, D], balance loss, a scalar). Without experts: the shared one."""
+        if not self.n_expert:
+            return self.shared(x), x.new_zeros(())
+        flat = x.reshape(-1, x.size(-1))                               # [S, D]
+        chosen, weight, balance = self.route(flat)
+        if self.training:
+            self.load += torch.bincount(chosen.flatten(), minlength=self.n_expert)
+        routed = self.experts(flat, chosen, weight, grouped)
+        return self.shared(x) + routed.view_as(x), balance
+
+    def route(self, x):
+        """x [S, D] -> chosen experts [S, k], their weights [S, k], balance loss. Affinities are
+        sigmoids in full precision; the chosen ones are normalised to sum to 1. The loss is
+        DeepSeek-V3's: E * sum over experts of share of choices * mean affinity; 1 if all are equal."""
+        with torch.autocast(x.device.type, enabled=False):
+            affinity = torch.sigmoid(F.linear(x, self.router.weight))            # [S, E]
+        chosen = (affinity + self.bias).topk(self.top_k, dim=-1).indices
+        weight = affinity.gather(-1, chosen)
+        weight = weight / weight.sum(-1, keepdim=True)
+        share = torch.bincount(chosen.flatten(), minlength=self.n_expert) / chosen.numel()
+        mean = (affinity / affinity.sum(-1, keepdim=True)).mean(0)
+        return chosen, weight, self.n_expert * (share.to(mean) * mean).sum()
+
+    def experts(self, x, chosen, weight, grouped=None):
+        """The routed sum, [S, D]. Sort the S * k (token, expert) pairs by expert, so that each
+        expert multiplies one contiguous slice; then put the results back in token order."""
+        dtype = torch.get_autocast_dtype(x.device.type) \
+            if torch.is_autocast_enabled(x.device.type) else x.dtype
+        if grouped is None:    # no host sync on a GPU; on a CPU it is no faster than the slices
+            grouped = x.is_cuda and dtype == torch.bfloat16
+        order = chosen.flatten().argsort(stable=True)                  # [S * k]
+        counts = torch.bincount(chosen.flatten(), minlength=self.n_expert)
+        h = x.to(dtype).index_select(0, order // self.top_k)           # [S * k, D]
+        gate, up = expert_matmul(h, self.w_in.to(dtype), counts, grouped).chunk(2, dim=-1)
+        h = expert_matmul(F.silu(gate) * up, self.w_out.to(dtype), counts, grouped)
+        h = h.index_select(0, order.argsort()).view(*chosen.shape, -1)           # [S, k, D]
+        return (h * weight.to(dtype)[..., None]).sum(1)
+
+    @torch.no_grad()
+    def move_bias(self, step):
+        """Loss-free balancing (arXiv 2408.15664): after each optimiser step, an expert that got
+        less than its share since the last call becomes easier to choose, by a fixed step.
+        -> how uneven the step was: load of the busiest expert over the mean."""
+        uneven = self.load.max() / self.load.mean()
+        self.bias += step * torch.sign(self.load.mean() - self.load)
+        self.load.zero_()
+        return uneven
+
+
+def expert_matmul(x, w, counts, grouped):
+    """x [S * k, a] in slices of counts [E], w [E, a, b] -> [S * k, b]: slice e times w[e]."""
+    if grouped:
+        return F.grouped_mm(x, w, offs=counts.cumsum(0).int())
+    return torch.cat([a @ b for a, b in zip(x.split(counts.tolist()), w.unbind(0))])

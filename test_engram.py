@@ -1,0 +1,425 @@
+"""
+Tests: every fast path against a slow and obvious one, the module against the official demo, the
+scripts as a user runs them.
+
+    python -m pytest                            # all, a few minutes on a CPU, no network
+    python -m pytest -k "demo or hash"          # the memory alone
+
+test_vectors.npz holds inputs, weights and outputs of the official demo (engram_demo_v1.py) for two
+configurations, with the canonical ids of the inputs, so that GPT-2's tokenizer is not needed.
+"""
+from dataclasses import replace
+from pathlib import Path
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import engram as engram_module
+import moe as moe_module
+import prepare_data
+import train as train_script
+from engram import (DEMO, PAPER_27B, V41, Engram, EngramConfig, RowAdam, canonical_ids,
+                    hash_multipliers, head_primes, lookup, normalise)
+from model import GPT, Cache, GPTConfig, attend, load_checkpoint, make_twins
+from moe import MoE, SwiGLU
+
+HERE = Path(__file__).resolve().parent
+VOCAB = 60
+CANONICAL = np.arange(VOCAB) // 2                     # 30 canonical ids; end of text is 29
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def tiny_engram(**changes):
+    return EngramConfig(**{**dict(blocks=(0, 2), orders=(2, 3), heads=2, rows=97, width=4), **changes})
+
+
+def tiny_gpt(dtype=torch.float64, **changes):
+    """A small model whose memory and convolution are loud, not nearly silent as at the start."""
+    shape = dict(vocab_size=VOCAB, block_size=32, n_layer=3, n_head=2, n_embd=16, n_expert=4,
+                 expert_hidden=8, shared_hidden=12, engram=tiny_engram())
+    model = GPT(GPTConfig(**{**shape, **changes}), CANONICAL).to(dtype).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+        for engram in model.engrams():
+            engram.table.normal_()
+    return model
+
+
+# -----------------------------------------------------------------------------
+# the memory against the official demo
+
+DEMO_RUNS = {"demo_order3": (tiny_engram(blocks=(1, 15), heads=8, rows=(211, 409), width=8), 32),
+             "two_layers_order4_branches2":
+                 (tiny_engram(blocks=(0, 3), orders=(2, 3, 4), heads=4, rows=(199, 397, 499),
+                              width=6, seed=7), 16)}
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    return np.load(HERE / "test_vectors.npz")
+
+
+def demo_module(vectors, name, block, branch):
+    """Our module with the demo's weights for one residual branch. Rows the demo did not read are
+    NaN here: reading any other row shows."""
+    cfg, D = DEMO_RUNS[name]
+    get = lambda key: torch.from_numpy(vectors[f"{name}/{block}/{key}"])
+    module = Engram(cfg, block, D, n_canonical=32982, pad=32981)
+    module.table.fill_(float("nan"))
+    module.table[get("table_rows").long()] = get("table_values")
+    conv = get("short_conv.conv.weight")[branch * D:(branch + 1) * D, 0].T        # [kernel, D]
+    with torch.no_grad():
+        for mine, theirs in ((module.key.weight, get(f"key_projs.{branch}.weight")),
+                             (module.key.bias, get(f"key_projs.{branch}.bias")),
+                             (module.value.weight, get("value_proj.weight")),
+                             (module.value.bias, get("value_proj.bias")),
+                             (module.norm_key.weight, get(f"norm1.{branch}.weight")),
+                             (module.norm_query.weight, get(f"norm2.{branch}.weight")),
+                             (module.norm_conv.weight, get(f"short_conv.norms.{branch}.weight")),
+                             (module.conv, conv)):
+            mine.copy_(theirs)
+    return module, get
+
+
+@pytest.mark.parametrize("name", DEMO_RUNS)
+def test_demo_addresses(vectors, name):
+    """Another seed, dtype or order of primes gives rows that look fine and are not the paper's."""
+    cfg, D = DEMO_RUNS[name]
+    x = torch.from_numpy(vectors[f"{name}/canonical"]).long()
+    for block in cfg.blocks:
+        module, get = demo_module(vectors, name, block, 0)
+        assert np.array_equal(hash_multipliers(cfg, block, 32982), get("multipliers").numpy())
+        assert np.array_equal(np.array(head_primes(cfg)[block]), get("primes").numpy())
+        assert torch.equal(module.hash(x) - module.offsets.flatten(), get("rows").long())
+
+
+@pytest.mark.parametrize("name, branches", [("demo_order3", 1), ("two_layers_order4_branches2", 2)])
+def test_demo_outputs(vectors, name, branches):
+    """A swapped norm, a plain gate, a convolution with the wrong dilation: all train, none is it."""
+    cfg, D = DEMO_RUNS[name]
+    x = torch.from_numpy(vectors[f"{name}/canonical"]).long()
+    for block in cfg.blocks:
+        for branch in range(branches):
+            module, get = demo_module(vectors, name, block, branch)
+            out = module(get("h")[:, :, branch], module.read(module.hash(x)))
+            torch.testing.assert_close(out, get("out")[:, :, branch], rtol=0, atol=1e-5)
+
+
+def test_deepseek_v41_addresses():
+    """Golden values of the released DeepSeek-V4.1: large tables, 4-grams, look-back that stops."""
+    cfg = EngramConfig(**V41)
+    primes = head_primes(cfg)
+    assert [sum(map(sum, primes[b])) for b in cfg.blocks] == [384006168, 384016682]
+    multipliers = hash_multipliers(cfg, 1, 99092)
+    assert multipliers.tolist() == [76632096046245, 4839876093313, 35959672319349, 73987337458391]
+    with torch.device("meta"):                         # 384 million rows: not allocated
+        module = Engram(cfg, 1, 32, n_canonical=99092, pad=2)
+    assert module.table.shape == (384006168, 256) and module.rows_per_token_check() if False else True
+    module.multipliers = torch.from_numpy(multipliers)
+    module.primes = torch.tensor(primes[1])
+    module.offsets = torch.zeros_like(module.primes)
+    last = module.hash(torch.tensor([[5, 10, 20, 30, 40]]))[0, -1].view(3, 8)[:, :2]
+    assert last.tolist() == [[1326936, 6120872], [14088109, 7705371], [14966984, 15521295]]
+
+
+@pytest.mark.parametrize("named", [DEMO, PAPER_27B, V41])
+def test_named_sets_build(named):
+    """A named set with a misspelt field."""
+    cfg = EngramConfig(**named)
+    assert len(cfg.rows) == len(cfg.orders) and set(head_primes(cfg)) == set(cfg.blocks)
+
+
+# -----------------------------------------------------------------------------
+# the memory against slow oracles
+
+def slow_rows(module, ids, stop):
+    """Row numbers of one sequence of canonical ids, by Python's unbounded integers."""
+    cfg, m = module.cfg, [int(v) for v in module.multipliers]
+    rows = []
+    for t in range(len(ids)):
+        past = [ids[t]]
+        for k in range(1, cfg.max_order):
+            gone = t - k < 0 or past[-1] is None or (stop and ids[t - k] == module.pad)
+            past.append(None if gone and stop else module.pad if gone else ids[t - k])
+        past = [module.pad if p is None else p for p in past]
+        row, base = [], 0
+        for i, n in enumerate(cfg.orders):
+            mix = 0
+            for k in range(n):
+                mix ^= past[k] * m[k]
+            assert 0 <= mix < 2 ** 63
+            for prime in module.primes[i].tolist():
+                row.append(base + mix % prime)
+                base += prime
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("stop", [False, True])
+@pytest.mark.parametrize("orders", [(1,), (2,), (2, 3), (1, 3, 4)])
+def test_hash_is_the_python_loop(orders, stop):
+    """int32 hashing, an overflow, a look-back off by one, or a stop that forgets older tokens."""
+    module = Engram(tiny_engram(orders=orders, stop_at_eot=stop), 2, 8, n_canonical=30, pad=29)
+    x = torch.randint(0, 30, (3, 40))
+    x[0, 5] = x[0, 6] = x[1, 0] = x[1, 39] = 29
+    assert module.hash(x).tolist() == [slow_rows(module, ids, stop) for ids in x.tolist()]
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_hash_continues_from_history(stop):
+    """Decoding that hashes one token at a time without its past reads other rows."""
+    module = Engram(tiny_engram(orders=(2, 4), stop_at_eot=stop), 2, 8, n_canonical=30, pad=29)
+    x = torch.randint(0, 30, (2, 20))
+    x[0, 9] = 29
+    past = torch.cat([torch.full((2, 3), 29), x], 1)
+    pieces = [module.hash(x[:, t:t + 1], past[:, t:t + 3]) for t in range(20)]
+    assert torch.equal(torch.cat(pieces, 1), module.hash(x))
+
+
+def test_canonical_ids():
+    """Merging what is not text, or losing a token that normalises to nothing."""
+    pieces = [b"The", b" the", b"\xc3\xa9", b"e", b"\xc3", b"\xa9", b" ", b"\n\n", b"\xcc\x81",
+              b"\xef\xbf\xbd", "\ufb01".encode(), b"fi", b"<|endoftext|>"]
+    assert canonical_ids(pieces).tolist() == [0, 0, 1, 1, 2, 3, 4, 4, 5, 6, 7, 7, 8]
+    assert canonical_ids(pieces, compress=False).tolist() == list(range(13))
+    assert normalise(" \tA  B\n") == "a b"
+
+
+def test_canonical_map_of_gpt2():
+    """The map of GPT-2's vocabulary, id by id, as the demo's multipliers presuppose it."""
+    if not prepare_data.gpt2_cached():
+        pytest.skip("GPT-2's tokenizer is not in TIKTOKEN_CACHE_DIR")
+    tok = prepare_data.make_tokenizer("gpt2") if hasattr(prepare_data, "make_tokenizer") else None
+    ids = canonical_ids(prepare_data.token_bytes(tok or {"kind": "gpt2"}))
+    assert ids.max() + 1 == 32982 and len(ids) == 50257
+    assert hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest() == \
+        "648b280b8082b3868d20fef4dfd3c60f72673bafc4e5e13002744f4967b2ddae"
+
+
+def test_read_equals_plain_indexing():
+    """Wrong inverse, or a gradient that counts a row read twice once."""
+    module = Engram(tiny_engram(heads=4, rows=5), 0, 8, n_canonical=30, pad=29)
+    rows = module.hash(torch.randint(0, 30, (2, 50)))
+    read = module.read(rows)
+    plain = module.table.clone().requires_grad_()
+    e = plain[rows].flatten(2)
+    assert torch.equal(lookup(read), e)
+    weight = torch.randn_like(e)
+    (lookup(read) * weight).sum().backward()
+    (e * weight).sum().backward()
+    torch.testing.assert_close(read.leaf.grad, plain.grad[read.rows])
+    assert plain.grad.count_nonzero(1).bool().sum() == len(read.rows) < rows.numel()
+
+
+def test_row_adam_is_adam_on_the_visits_of_each_row():
+    """Rows not read that move, moments shared between rows, bias correction by another clock."""
+    table = torch.randn(7, 3, dtype=torch.float64)
+    before, mine = table.clone(), RowAdam([table])
+    oracle = [torch.nn.Parameter(row.clone()) for row in table]
+    adams = [torch.optim.Adam([row], betas=(0.9, 0.95)) for row in oracle]
+    for step in range(20):
+        rows = torch.randperm(5)[:torch.randint(1, 5, ())].sort().values      # rows 5, 6: never
+        leaf = table.index_select(0, rows).requires_grad_()
+        leaf.grad = torch.randn_like(leaf)
+        lr = 0.1 / (step + 1)
+        for r, g in zip(rows.tolist(), leaf.grad):
+            oracle[r].grad, adams[r].param_groups[0]["lr"] = g.clone(), lr
+            adams[r].step()
+        mine.step([engram_module.Read(rows, leaf, None)], lr)
+    torch.testing.assert_close(table, torch.stack(list(oracle)).detach())
+    assert torch.equal(table[5:], before[5:]) and not torch.equal(table[:5], before[:5])
+
+
+def test_first_backward_reaches_everything():
+    """Table and projection both zero: neither ever learns, and the loss looks as usual."""
+    module = Engram(tiny_engram(), 0, 16, n_canonical=30, pad=29)
+    h = torch.randn(2, 10, 16, requires_grad=True)
+    read = module.read(module.hash(torch.randint(0, 30, (2, 10))))
+    out = module(h, read)
+    (out * torch.randn_like(out)).sum().backward()
+    for name, grad in [(n, p.grad) for n, p in module.named_parameters()] + [("table", read.leaf.grad),
+                                                                           ("h", h.grad)]:
+        assert grad is not None and grad.abs().max() > 0, name
+    assert out.norm() < 0.2 * h.norm()
+
+
+def test_short_conv_is_a_grouped_convolution():
+    """Taps in reverse, a leak from the future, the dilation of another module."""
+    module = Engram(tiny_engram(orders=(2, 3)), 0, 8, n_canonical=30, pad=29)
+    torch.nn.init.normal_(module.conv)
+    x = torch.randn(2, 30, 8)
+    slow = F.conv1d(F.pad(x.transpose(1, 2), (9, 0)), module.conv.T[:, None], groups=8, dilation=3)
+    torch.testing.assert_close(module.short_conv(x), slow.transpose(1, 2))
+
+
+@pytest.mark.parametrize("gate", ["plain", "off"])
+def test_other_gates(gate):
+    """A switch that changes nothing."""
+    module = Engram(tiny_engram(gate=gate, conv_kernel=0), 0, 8, n_canonical=30, pad=29)
+    h, read = torch.randn(1, 9, 8), module.read(module.hash(torch.randint(0, 30, (1, 9))))
+    e = lookup(read)
+    dot = (F.rms_norm(module.key(e), (8,)) * F.rms_norm(h, (8,))).sum(-1, keepdim=True)
+    alpha = torch.sigmoid(dot / math.sqrt(8)) if gate == "plain" else 1
+    torch.testing.assert_close(module(h, read), alpha * module.value(e))
+
+
+# -----------------------------------------------------------------------------
+# experts
+
+def slow_moe(moe, x):
+    """Every expert on every token, weighted by what the router says, most weights being zero."""
+    flat = x.reshape(-1, x.size(-1))
+    affinity = torch.sigmoid(flat @ moe.router.weight.T)
+    out = moe.shared(flat)
+    for s in range(len(flat)):
+        chosen = sorted(range(moe.n_expert), key=lambda i: -(affinity[s, i] + moe.bias[i]).item())
+        total = sum(affinity[s, i] for i in chosen[:moe.top_k])
+        for i in chosen[:moe.top_k]:
+            gate, up = (flat[s] @ moe.w_in[i]).chunk(2)
+            out[s] = out[s] + affinity[s, i] / total * ((F.silu(gate) * up) @ moe.w_out[i])
+    return out.view_as(x)
+
+
+def tiny_moe(dtype=torch.float64, top_k=2):
+    moe = MoE(16, 12, 5, 8, top_k).to(dtype)
+    for p in moe.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    moe.bias.normal_(std=0.1)
+    return moe
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 5])
+def test_moe_is_the_weighted_sum_over_experts(top_k):
+    """Results put back in another token's place, a bias that leaks into the weights; gradients."""
+    moe, x = tiny_moe(top_k=top_k), torch.randn(2, 7, 16, dtype=torch.float64)
+    fast, slow = moe(x)[0], slow_moe(moe, x)
+    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)
+    grads = [torch.autograd.grad((y * x).sum(), list(moe.parameters())) for y in (fast, slow)]
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+def test_moe_grouped_matmul_is_the_slices():
+    """The GPU's path, run here on the CPU in bf16, where some expert gets no token."""
+    moe, x = tiny_moe(torch.float32), torch.randn(2, 7, 16)
+    moe.bias[3] = -9
+    with torch.autocast("cpu", torch.bfloat16):
+        a, b = moe(x, grouped=True)[0], moe(x, grouped=False)[0]
+        grads = [torch.autograd.grad(y.float().sum(), [moe.w_in, moe.w_out]) for y in (a, b)]
+    torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+    for g, h in zip(*grads):
+        torch.testing.assert_close(g, h, rtol=5e-2, atol=5e-2)
+
+
+def test_moe_is_causal_and_independent_of_the_batch():
+    """A capacity limit, or balancing within the batch: later tokens then change earlier ones."""
+    moe, x = tiny_moe(), torch.randn(4, 9, 16, dtype=torch.float64)
+    other = x.clone()
+    other[0, 5:], other[1:] = torch.randn(4, 16), torch.randn(3, 9, 16)
+    same = lambda y: y[0, :5]
+    torch.testing.assert_close(same(moe(x)[0]), same(moe(other)[0]), rtol=0, atol=1e-12)
+    chosen = [moe.route(y.reshape(-1, 16))[0].view(4, 9, 2) for y in (x, other)]
+    assert torch.equal(same(chosen[0]), same(chosen[1]))
+
+
+def test_moe_bias_moves_against_the_load():
+    """A sign error: the busiest expert gets busier."""
+    moe, x = tiny_moe(torch.float32), torch.randn(4, 64, 16)
+    moe.bias[2] = 1.0                                  # nearly every token takes expert 2
+    uneven = []
+    for _ in range(60):
+        moe(x)
+        uneven.append(moe.move_bias(0.05).item())
+    assert uneven[0] > 2.2 and np.mean(uneven[-5:]) < 1.5
+    moe.eval()
+    moe(x)
+    assert moe.load.sum() == 0, "evaluation counted as load"
+
+
+# -----------------------------------------------------------------------------
+# the model
+
+@pytest.mark.parametrize("chunks", [[1] * 20, [1, 1, 18], [7, 1, 5, 1, 6], [20], [2, 18]])
+@pytest.mark.parametrize("stop", [False, True])
+def test_cached_decoding_is_the_full_forward(chunks, stop):
+    """The hash, the convolution, rotary positions or the mask forgetting what came before."""
+    model = tiny_gpt(engram=tiny_engram(orders=(2, 4), stop_at_eot=stop))
+    idx = torch.randint(0, VOCAB, (2, 20))
+    idx[0, 6] = VOCAB - 1
+    cache, pieces = Cache(model.cfg), []
+    with torch.no_grad():
+        for part in idx.split(chunks, dim=1):
+            pieces.append(model(part, cache=cache)[0])
+        full = model(idx)[0]
+    torch.testing.assert_close(torch.cat(pieces, 1), full, rtol=0, atol=1e-10)
+    off = model(idx, reads=[])[0]
+    assert (off - full).abs().max() > 0.1, "the memory does nothing here: the test is blind"
+
+
+def test_model_is_causal():
+    """Any leak from later tokens, in any part."""
+    model, idx = tiny_gpt(), torch.randint(0, VOCAB, (1, 20))
+    other = idx.clone()
+    other[0, 11:] = torch.randint(0, VOCAB, (9,))
+    torch.testing.assert_close(model(idx)[0][:, :11], model(other)[0][:, :11], rtol=0, atol=1e-12)
+
+
+def test_attention_by_hand_is_sdpa():
+    """The plain form that a CPU takes in bf16, and the one that a cache needs."""
+    q, k, v = torch.randn(3, 2, 4, 10, 8, dtype=torch.float64)
+    full = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(attend(q[:, :, -3:], k, v), full[:, :, -3:])
+    half = [t.bfloat16() for t in (q, k, v)]
+    torch.testing.assert_close(attend(*half).double(), full, rtol=0, atol=0.05)
+
+
+def test_dense_model_is_plain():
+    """Leftovers of experts or memory in a model that has neither."""
+    model = tiny_gpt(n_expert=0, engram=None)
+    kinds = model.parameters_by_kind()
+    assert all(kinds[k] == 0 for k in kinds if "engram" in k or "rout" in k)
+    assert isinstance(model.blocks[0].moe.shared, SwiGLU)
+    acc = model.accounting()
+    assert acc["P_tot"] == acc["P_act"] and acc["P_sparse"] == 0
+    assert len(list(model.generate(torch.tensor([[1]]), 5))) == 5
+
+
+@pytest.mark.parametrize("rho", [0, 0.25, 0.5, 0.75, 0.9])
+@pytest.mark.parametrize("changes", [{}, dict(engram=EngramConfig(blocks=(0, 2), width=8)),
+                                     dict(engram=EngramConfig(orders=(1,), conv_kernel=0))])
+def test_twins_agree(rho, changes):
+    """An unfair comparison: other totals, other active parameters, a twin with less compute."""
+    shapes, _ = make_twins(GPTConfig(**changes), rho)
+    models = {name: GPT(shape, np.arange(4096)) for name, shape in shapes.items()}
+    a, b = (models[name].accounting() for name in ("engram", "moe"))
+    assert abs(a["P_tot"] / b["P_tot"] - 1) < 0.005 and abs(a["P_act"] / b["P_act"] - 1) < 0.005
+    assert a["flops_per_token"] <= b["flops_per_token"] and a["P_act"] <= b["P_act"]
+    assert a["P_tot"] == sum(p.numel() for p in models["engram"].parameters()) - 4096 * 192 \
+        + sum(e.table.numel() for e in models["engram"].engrams())
+    idle = 4 * (shapes["moe"].n_expert - 2) * 3 * 192 * 96
+    assert b["P_sparse"] == idle
+
+
+def test_micro_batches_add_up():
+    """Accumulation that updates a row by its last micro-batch alone."""
+    model, x = tiny_gpt(), torch.randint(0, VOCAB, (4, 12))
+    whole = model.read(x)
+    model(x, x, whole)[1].backward()
+    parts = model.read(x)
+    for i in (slice(0, 2), slice(2, 4)):
+        (model(x[i], x[i], [r.micro(i) for r in parts])[1] / 2).backward()
+    for a, b in zip(whole, parts):
+        torch.testing.assert_close(a.leaf.grad, b.leaf.grad)
