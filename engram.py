@@ -5,9 +5,9 @@ Engram: a hashed n-gram memory with a context-aware gate (arXiv 2601.07372), in 
     python -m pytest test_engram.py -k demo       # held to the official demo's numbers
 
 The idea: the last two or three tokens name a local pattern ("Alexander the Great"). Hash them, read
-the rows of a big table at those addresses, and let the hidden state decide, through a gate, how much
-of what was read to believe. The address depends on token ids alone, never on activations, so a
-read can begin before the forward pass does.
+the rows of a big table at those addresses, and let the hidden state decide, through a gate, how
+much of what was read to believe. The address depends on token ids alone, never on activations, so
+a read can begin before the forward pass does.
 
 Letters, here and in model.py:
     B batch, T time, D model width (n_embd)
@@ -26,9 +26,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-def opt(default, help):
-    """A dataclass field that train.py turns into a flag with this help."""
-    return field(default=default, metadata={"help": help})
+def opt(default, help, choices=None):
+    """A dataclass field that train.py turns into a flag."""
+    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass
@@ -36,10 +36,11 @@ class EngramConfig:
     blocks: tuple = opt((1,), "blocks that get a memory, counted from 0")
     orders: tuple = opt((2, 3), "n-gram orders; 1 is the current token alone, a control")
     heads: int = opt(4, "K, hash heads per order: a collision in one is rarely one in all")
-    rows: tuple = opt((), "rows per head, one number or one per order; train.py sets it from rho")
+    rows: tuple = ()                # per head, one number or one per order; no flag: rho decides
     width: int = opt(16, "d, width of one row")
     conv_kernel: int = opt(4, "taps of the short convolution; 0 leaves it out")
-    gate: str = opt("sqrt", "sqrt (official demo), plain (paper, eq. 4) or off (alpha = 1)")
+    gate: str = opt("sqrt", "sqrt (official demo), plain (paper, eq. 4) or off (alpha = 1)",
+                    ("sqrt", "plain", "off"))
     compress: bool = opt(True, "hash canonical ids ('The', ' the' -> one id), not raw ones")
     stop_at_eot: bool = opt(False, "the n-gram never looks back past an end of text")
     bias: bool = opt(True, "biases in the key and value projections (demo: yes, paper: no)")
@@ -49,30 +50,20 @@ class EngramConfig:
         self.blocks, self.orders = tuple(self.blocks), tuple(self.orders)
         rows = (self.rows,) if isinstance(self.rows, int) else tuple(self.rows)
         self.rows = rows * len(self.orders) if len(rows) == 1 else rows
-        if not self.blocks or len(set(self.blocks)) < len(self.blocks) or min(self.blocks) < 0:
-            raise ValueError(f"engram blocks {self.blocks}: give distinct block numbers from 0 on")
-        if not self.orders or list(self.orders) != sorted(set(self.orders)) or self.orders[0] < 1:
-            raise ValueError(f"engram orders {self.orders}: give increasing orders from 1 on")
+        for name, least in (("blocks", 0), ("orders", 1)):
+            given = getattr(self, name)
+            if not given or list(given) != sorted(set(given)) or given[0] < least:
+                raise ValueError(f"engram {name} {given}: give increasing numbers from {least} on")
         if self.rows and (len(self.rows) != len(self.orders) or min(self.rows) < 1):
             raise ValueError(f"engram rows {self.rows}: give one positive number per order, "
                              f"{len(self.orders)} here, or one for all")
         for name, least in (("heads", 1), ("width", 1), ("conv_kernel", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"engram {name} {getattr(self, name)}: must be {least} or more")
-        if self.gate not in ("sqrt", "plain", "off"):
-            raise ValueError(f"engram gate {self.gate!r}: must be sqrt, plain or off")
-
-    @property
-    def max_order(self):
-        return self.orders[-1]
-
-    @property
-    def rows_per_token(self):
-        return len(self.orders) * self.heads                                      # M
 
     @property
     def d_mem(self):
-        return self.rows_per_token * self.width
+        return len(self.orders) * self.heads * self.width
 
 
 # The same module as others set it. Block numbers count from 0 (the paper counts from 1). PAPER_27B
@@ -101,7 +92,7 @@ class Read(NamedTuple):
 class Engram(nn.Module):
 
     def __init__(self, cfg, block, n_embd, n_canonical, pad):
-        """cfg: EngramConfig with rows set. n_canonical: V'. pad: the canonical id before the text."""
+        """cfg: EngramConfig with rows. n_canonical: V'. pad: the canonical id before the text."""
         super().__init__()
         self.cfg, self.pad = cfg, pad
         primes = head_primes(cfg)[block]                                          # [orders][K]
@@ -125,11 +116,10 @@ class Engram(nn.Module):
     @torch.no_grad()
     def reset(self):
         """Start almost silent but alive: |value| ~ 0.02 * 0.02 * sqrt(d_mem) is far below |h|, yet
-        nothing on the path is zero, so the first backward reaches table, keys, values and gate. (A
-        zero table and a zero W_V would each wait for the other for ever.) Keys are normalised, so
-        their scale does not matter. The convolution starts at zero, as in the paper: out = alpha v.
-        Standard deviation 0.02 is also about one step of the table's Adam: a row that is read once
-        in training is then mostly what it learned."""
+        no factor is zero, so the first backward reaches table, keys, values and gate. (Were table
+        and W_V both zero, each would wait for the other for ever.) Keys are normalised: their scale
+        does not matter. The convolution starts at zero, as in the paper. 0.02 is also about one
+        step of the table's Adam, so a row read once in training is mostly what it learned."""
         self.table.normal_(std=0.02)
         for linear in (self.key, self.value):
             linear.weight.normal_(std=0.02)
@@ -161,7 +151,7 @@ class Engram(nn.Module):
         """Depthwise causal convolution over time, dilated by N, so that the taps fall on n-grams
         that do not overlap. A sum of shifted products: on a CPU faster than a grouped nn.Conv1d.
         cache: a dict that carries the last (kernel - 1) * N inputs from chunk to chunk."""
-        kernel, dilation, T = self.cfg.conv_kernel, self.cfg.max_order, x.size(1)
+        kernel, dilation, T = self.cfg.conv_kernel, self.cfg.orders[-1], x.size(1)
         reach = (kernel - 1) * dilation
         tail = cache.get("tail") if cache is not None else None
         x = F.pad(x, (0, 0, reach, 0)) if tail is None else torch.cat([tail.to(x), x], dim=1)
@@ -175,7 +165,7 @@ class Engram(nn.Module):
         """x [B, T] canonical ids, history [B, N-1] those before them (None: start of text)
         -> row numbers [B, T, M] in the flat table. All heads of a layer share one mix and
         differ by their prime alone. int64 throughout: with ids below V' no product overflows."""
-        cfg, N, T = self.cfg, self.cfg.max_order, x.size(1)
+        cfg, N, T = self.cfg, self.cfg.orders[-1], x.size(1)
         if history is None:
             history = x.new_full((x.size(0), N - 1), self.pad)
         x = torch.cat([history, x], dim=1)                                        # [B, N-1+T]
@@ -210,11 +200,10 @@ def lookup(read):
 
 class RowAdam:
     """Adam for tables: a step updates exactly the rows read in it, elementwise, without decay.
-
     Dense Adam would sweep all R rows a step and move rows that were not read (stale momentum). Each
-    row counts its own visits, so bias correction is that of an Adam which sees this row's visits
-    alone: torch.optim.SparseAdam, with one clock for all rows, would take a first step 2.2 times
-    too small (beta2 0.95) for a row first read late, and most rows of a Zipfian text are late."""
+    row counts its own visits, so it is an Adam that sees this row's visits alone: with one clock
+    for all rows, as in torch.optim.SparseAdam, a row first read late takes a first step 2.2 times
+    too small (beta2 0.95), and most rows of a Zipfian text are first read late."""
 
     def __init__(self, tables, betas=(0.9, 0.95), eps=1e-8):
         """tables: list of [R, d] tensors, changed in place; the moments live beside them."""
@@ -234,14 +223,6 @@ class RowAdam:
             table.index_copy_(0, rows, leaf - lr * (m / (1 - b1 ** t)) / denom)
             for name, value in (("exp_avg", m), ("exp_avg_sq", v), ("visits", t)):
                 state[name].index_copy_(0, rows, value)
-
-    def state_dict(self):
-        return {"state": self.state}
-
-    def load_state_dict(self, saved):
-        for mine, theirs in zip(self.state, saved["state"], strict=True):
-            for name, tensor in mine.items():
-                tensor.copy_(theirs[name])
 
 
 # -----------------------------------------------------------------------------
@@ -274,7 +255,7 @@ def hash_multipliers(cfg, block, n_canonical):
     10007 is the demo's: layers draw from different streams."""
     bound = max(1, (2 ** 63 - 1) // n_canonical // 2)
     rng = np.random.default_rng(cfg.seed + 10007 * block)
-    return rng.integers(0, bound, size=cfg.max_order, dtype=np.int64) * 2 + 1
+    return rng.integers(0, bound, size=cfg.orders[-1], dtype=np.int64) * 2 + 1
 
 
 def head_primes(cfg):
@@ -288,12 +269,8 @@ def head_primes(cfg):
             heads, p = [], rows - 1
             while len(heads) < cfg.heads:
                 p += 1
-                if p not in taken and is_prime(p):
+                if p > 1 and p not in taken and all(p % i for i in range(2, math.isqrt(p) + 1)):
                     heads.append(p)
                     taken.add(p)
             primes[block].append(heads)
     return primes
-
-
-def is_prime(n):
-    return n > 1 and all(n % i for i in range(2, math.isqrt(n) + 1))

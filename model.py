@@ -2,11 +2,10 @@
 A GPT with a mixture of experts in every block and an Engram memory in some, in plain PyTorch.
 
     model = GPT(GPTConfig(), canonical)                 # canonical: engram.canonical_ids(...)
-    logits, loss, balance = model(idx, targets)         # train.py does this
-    idx = model.generate(idx, 100)                      # sample.py does this
+    logits, loss, balance = model(idx, targets)         # train.py and sample.py do this
 
-The idea is the first line of Block.forward. Delete it, and the line of Block.__init__ that makes the
-memory, and a plain pre-norm GPT with experts is left; with n_expert=0 as well, a plain dense GPT.
+The idea is the first line of Block.forward. Delete it, and the line of Block.__init__ that takes
+the memory, and a plain pre-norm GPT with experts is left; with n_expert=0 a plain dense GPT.
 
 Letters: B batch, T time, D model width (n_embd), V vocabulary, H attention heads, hd width of one;
 those of the memory stand in engram.py, those of the experts in moe.py.
@@ -30,7 +29,7 @@ class GPTConfig:
     n_layer: int = opt(4, "blocks")
     n_head: int = opt(3, "attention heads")
     n_embd: int = opt(192, "D, model width")
-    n_expert: int = opt(24, "E, routed experts of the MoE-only twin (Engram gives some up); 0: dense")
+    n_expert: int = opt(24, "E, routed experts of the MoE-only twin (Engram drops some); 0: dense")
     top_k: int = opt(2, "routed experts per token")
     expert_hidden: int = opt(96, "hidden units of a routed expert")
     shared_hidden: int = opt(192, "hidden units of the shared expert")
@@ -39,17 +38,14 @@ class GPTConfig:
     def __post_init__(self):
         if isinstance(self.engram, dict):                 # from a checkpoint
             self.engram = EngramConfig(**self.engram)
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "shared_hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: must be 1 or more")
+        for name, value in vars(self).items():
+            if name != "engram" and value < (0 if name == "n_expert" else 1):
+                raise ValueError(f"{name} {value}: too small")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd {self.n_embd} must be a multiple of 2 * n_head = "
                              f"{2 * self.n_head}: rotary embedding turns pairs within a head")
-        if self.n_expert and not 1 <= self.top_k <= self.n_expert:
-            raise ValueError(f"top_k {self.top_k}: must be from 1 to n_expert = {self.n_expert}")
-        if self.n_expert and (self.n_expert < 0 or self.expert_hidden < 1):
-            raise ValueError(f"n_expert {self.n_expert} and expert_hidden {self.expert_hidden}: "
-                             "must be positive, or n_expert 0 for a dense model")
+        if 0 < self.n_expert < self.top_k:
+            raise ValueError(f"top_k {self.top_k}: must be at most n_expert = {self.n_expert}")
         if self.engram and max(self.engram.blocks) >= self.n_layer:
             raise ValueError(f"engram blocks {self.engram.blocks}: the model has blocks 0 to "
                              f"{self.n_layer - 1}")
@@ -163,11 +159,19 @@ class GPT(nn.Module):
     def engrams(self):
         return [block.engram for block in self.blocks if block.engram is not None]
 
-    def read(self, idx, history=None):
+    def read(self, idx, cache=None):
         """Hash tokens [B, T] and read the rows of all memory layers -> [Read per memory layer].
-        Needs token ids alone, hence possible before (and beside) everything else."""
-        x = self.canonical[idx]
-        return [engram.read(engram.hash(x, history)) for engram in self.engrams()]
+        Needs token ids alone, hence possible before (and beside) everything else. The cache
+        carries the last N-1 canonical ids: decoding that hashes one token without them reads
+        other rows than training did, a bug that a zero table hides."""
+        if not self.cfg.engram:
+            return []
+        x, past = self.canonical[idx], cache.history if cache else None
+        if past is None:
+            past = x.new_full((len(x), self.cfg.engram.orders[-1] - 1), self.canonical[-1].item())
+        if cache:
+            cache.history = torch.cat([past, x], dim=1)[:, x.size(1):]
+        return [engram.read(engram.hash(x, past)) for engram in self.engrams()]
 
     def forward(self, idx, targets=None, reads=None, cache=None):
         """idx [B, T] -> logits [B, T, V], loss (mean cross-entropy in nats, or None), balance loss
@@ -177,11 +181,10 @@ class GPT(nn.Module):
         end = start + idx.size(1)
         if end > self.cfg.block_size:
             raise ValueError(f"{end} tokens, but the context holds {self.cfg.block_size}")
-        if reads is None:
-            reads = self.read(idx, cache.history if cache else None)
+        reads = iter(self.read(idx, cache) if reads is None else reads)
+        rope = self.cos[start:end], self.sin[start:end]
         if cache:
-            self.remember(idx, cache)
-        reads, rope = iter(reads), (self.cos[start:end], self.sin[start:end])
+            cache.length = end
         x, balance = self.embed(idx), 0
         for i, block in enumerate(self.blocks):
             read = next(reads, None) if block.engram is not None else None
@@ -195,59 +198,26 @@ class GPT(nn.Module):
             loss = F.cross_entropy(scored.flatten(0, 1), targets.flatten())
         return logits, loss, balance
 
-    def remember(self, idx, cache):
-        """Carry the last N-1 canonical ids on: feeding the hash one token at a time without them
-        gives other rows than training did (a bug that a zero table hides)."""
-        cache.length += idx.size(1)
-        if self.engrams():
-            engram = self.engrams()[0]
-            past, x = cache.history, self.canonical[idx]
-            if past is None:
-                past = x.new_full((x.size(0), engram.cfg.max_order - 1), engram.pad)
-            x = torch.cat([past, x], dim=1)
-            cache.history = x[:, x.size(1) - past.size(1):]
-
-    @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=0.8, top_k=50, generator=None, stop=None):
-        """Continue idx [1, T] until max_new_tokens, the token stop or the end of the context;
-        yields each new token id as soon as it is known. temperature 0 takes the likeliest."""
-        cache = Cache(self.cfg)
-        for _ in range(min(max_new_tokens, self.cfg.block_size - idx.size(1))):
-            logits = self(idx, cache=cache)[0][:, -1].float()
-            if temperature == 0:
-                idx = logits.argmax(-1, keepdim=True)
-            else:
-                least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-                probs = (logits.masked_fill(logits < least, -torch.inf) / temperature).softmax(-1)
-                idx = torch.multinomial(probs, 1, generator=generator)
-            yield idx.item()
-            if idx.item() == stop:
-                return
-
     # ---- accounting
 
     def parameters_by_kind(self):
         """{kind: numbers}, each counted once, the sum asserted."""
-        kinds = dict.fromkeys(("embedding", "attention", "norms", "router", "shared experts",
-                               "routed experts", "engram projections", "engram tables"), 0)
+        marks = {".engram.": "engram projections", "embed.": "embedding", "norm": "norms",
+                 ".attn.": "attention", ".router.": "router", ".shared.": "shared experts",
+                 ".w_": "routed experts"}                          # the first that fits
+        kinds = dict.fromkeys(marks.values(), 0)
         for name, p in self.named_parameters():
-            kind = ("engram projections" if ".engram." in name else
-                    "embedding" if name == "embed.weight" else
-                    "norms" if "norm" in name else
-                    "attention" if ".attn." in name else
-                    "router" if ".router." in name else
-                    "shared experts" if ".shared." in name else "routed experts")
-            kinds[kind] += p.numel()
-        kinds["engram tables"] = sum(e.table.numel() for e in self.engrams())
-        assert sum(kinds.values()) == sum(p.numel() for p in self.parameters()) \
-            + sum(e.table.numel() for e in self.engrams())
+            kinds[next(kind for mark, kind in marks.items() if mark in name)] += p.numel()
+        kinds["engram tables"] = sum(engram.table.numel() for engram in self.engrams())
+        assert sum(kinds.values()) == kinds["engram tables"] + sum(
+            p.numel() for p in self.parameters())
         return kinds
 
     def accounting(self):
-        """The paper's quantities: P_tot, all but the vocabulary embedding (tied to the head); P_act,
-        what one token uses, values read counted; P_sparse = P_tot - P_act. And per token: forward
-        matmul FLOPs (2 per active weight, head included, plus attention at full context), and bytes
-        read from the tables. What a table holds and is not read costs neither."""
+        """The paper's quantities: P_tot, all but the vocabulary embedding (tied to the head);
+        P_act, what one token uses, values read counted; P_sparse = P_tot - P_act. And per token:
+        forward matmul FLOPs (2 per active weight, head included, plus attention at full context)
+        and bytes read from the tables. What a table holds and is not read costs neither."""
         cfg, n = self.cfg, self.parameters_by_kind()
         total = sum(n.values()) - n["embedding"]
         values = sum(e.cfg.d_mem for e in self.engrams())
@@ -266,17 +236,14 @@ class GPT(nn.Module):
 
 def make_twins(cfg, rho):
     """cfg: the common shape, n_expert being the MoE-only twin's -> ({"engram": GPTConfig, "moe":
-    GPTConfig}, lines that show the arithmetic). Both have the same P_tot and the same P_act.
-
-    rho is the share of the sparse budget P_sparse = P_tot - P_act that stays with routed experts
-    (paper, section 3). Engram drops experts and buys rows with what that frees. Reading rows is
-    not free either: keys and values are projected. The MoE-only twin gets a wider shared expert
-    for that, rounded up, so it never has less compute."""
+    GPTConfig}, lines that show the arithmetic), with the same P_tot and the same P_act. rho is the
+    share of P_sparse that stays with routed experts (paper, section 3): Engram drops experts and
+    buys rows with what that frees. Reading costs too, keys and values are projected: the MoE-only
+    twin gets a wider shared expert for that, rounded up, so it never has less compute."""
     if not cfg.engram or not cfg.n_expert:
         raise ValueError("twins need a memory and experts: for a dense model use --model dense")
     if not 0 <= rho < 1:
-        raise ValueError(f"rho {rho}: must be from 0 (all memory) to below 1; without a memory "
-                         "use --model moe")
+        raise ValueError(f"rho {rho}: must be from 0 (all memory) to below 1 (no memory)")
     L, D, k = cfg.n_layer, cfg.n_embd, cfg.top_k
     n_expert = k + round(rho * (cfg.n_expert - k))
     if n_expert == cfg.n_expert:
@@ -295,36 +262,25 @@ def make_twins(cfg, rho):
     target, tables = count(moe)["P_tot"], len(cfg.engram.blocks) * cfg.engram.d_mem
     freed = target - (base["P_tot"] - base["table_parameters"])
     rows = freed // tables
-    rows_bought = lambda r: sum(map(sum, sum(head_primes(replace(cfg.engram, rows=r)).values(), [])))
-    while rows > 0 and (over := rows_bought(rows) * cfg.engram.width - freed) > 0:
-        rows -= math.ceil(over / tables)                        # primes lie above what is asked for
+
+    def over(rows):                                             # primes lie above what is asked for
+        primes = head_primes(replace(cfg.engram, rows=rows)).values()
+        return sum(p for heads in primes for ps in heads for p in ps) * cfg.engram.width - freed
+
+    while rows > 1 and over(rows) > 0:
+        rows -= math.ceil(over(rows) / tables)
     if rows < 2:
-        raise ValueError(f"rho {rho} leaves no row: {freed:,} parameters freed for {tables:,} "
-                         "per row; use more experts or a smaller rho")
+        raise ValueError(f"rho {rho} leaves no row: {freed:,} parameters freed, {tables:,} per row")
     engram = replace(probe, engram=replace(cfg.engram, rows=rows))
-    a, b = count(engram), count(moe)
-    expert = 3 * D * cfg.expert_hidden
+    e, a, b, expert = engram.engram, count(engram), count(moe), 3 * D * cfg.expert_hidden
     reached = L * (n_expert - k) * expert / a["P_sparse"]
-    e = cfg.engram
     lines = [
-        f"twins: {cfg.n_expert} - {n_expert} = {cfg.n_expert - n_expert} experts x {L} blocks x "
-        f"{expert:,} dropped; shared expert of the MoE-only twin {cfg.shared_hidden} + {widen} wide",
-        f"table: {len(e.blocks)} layers x {len(e.orders)} orders x {e.heads} heads x ~{rows:,} rows "
-        f"x {e.width} = {a['table_parameters']:,} parameters; "
-        f"{a['bytes_read_per_token']:,} B read per token",
-        f"rho {reached:.3f} of P_sparse in experts (asked: {rho})",
-        *(f"{name:6s} P_tot {c['P_tot']:,}  P_act {c['P_act']:,}  ratio {c['P_tot'] / c['P_act']:.2f}"
-          f"  FLOPs per token {c['flops_per_token']:,}" for name, c in (("engram", a), ("moe", b))),
-    ]
+        f"twins: {cfg.n_expert} - {n_expert} experts = {cfg.n_expert - n_expert} x {L} blocks x "
+        f"{expert:,} parameters to memory; MoE-only: shared expert {cfg.shared_hidden} + {widen}",
+        f"table: {len(e.blocks)} layers x {len(e.orders)} orders x {e.heads} heads x ~{rows:,} rows"
+        f" x {e.width} = {a['table_parameters']:,}; {a['bytes_read_per_token']:,} B read per token",
+        f"rho: {reached:.3f} of P_sparse in experts, {rho} asked",
+        *(f"{name:7s}P_tot {c['P_tot']:,}  P_act {c['P_act']:,}  P_tot/P_act "
+          f"{c['P_tot'] / c['P_act']:.2f}  FLOPs per token {c['flops_per_token']:,}"
+          for name, c in (("engram", a), ("moe", b)))]
     return {"engram": engram, "moe": moe}, lines
-
-
-def load_checkpoint(path):
-    """-> what train.py saved at path; ValueError with one line if that cannot be read."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"no checkpoint at {path}; train first: python train.py") from None
-    except Exception as error:      # torch and pickle raise many kinds for a truncated file
-        raise ValueError(f"{path} is not a readable checkpoint "
-                         f"({type(error).__name__}); restore or delete it") from None

@@ -1,12 +1,11 @@
 """
-A mixture of experts as in DeepSeekMoE: one shared SwiGLU expert that every token takes, and E routed
-ones of which each token takes its top k. Dropless, causal, balanced without a loss.
+A mixture of experts as in DeepSeekMoE: one shared SwiGLU expert that every token takes, and E
+routed ones of which each token takes its top k. Dropless, causal, balanced without a loss.
 
     python -m pytest test_engram.py -k moe
 
-The idea: parameters grow with E, compute with k. What a token is given depends on that token alone:
-there is no capacity limit (which would make a token's output hang on its neighbours', later ones
-included), and balance is kept by a per-expert bias that is moved between steps.
+The idea: parameters grow with E, compute with k. What a token gets depends on that token alone: no
+capacity limit (a token's output would hang on its neighbours), balance by a bias between steps.
 
 Letters: S = B * T tokens, D width, E routed experts, k chosen per token, H hidden units per expert.
 """
@@ -53,9 +52,8 @@ class MoE(nn.Module):
         return self.shared(x) + routed.view_as(x), balance
 
     def route(self, x):
-        """x [S, D] -> chosen experts [S, k], their weights [S, k], balance loss. Affinities are
-        sigmoids in full precision; the chosen ones are normalised to sum to 1. The loss is
-        DeepSeek-V3's: E * sum over experts of share of choices * mean affinity; 1 if all are equal."""
+        """x [S, D] -> chosen experts [S, k], their weights [S, k] (sigmoids in full precision, made
+        to sum to 1), DeepSeek-V3's balance loss: E * sum of share of choices * mean affinity."""
         with torch.autocast(x.device.type, enabled=False):
             affinity = torch.sigmoid(F.linear(x, self.router.weight))            # [S, E]
         chosen = (affinity + self.bias).topk(self.top_k, dim=-1).indices
@@ -67,17 +65,27 @@ class MoE(nn.Module):
 
     def experts(self, x, chosen, weight, grouped=None):
         """The routed sum, [S, D]. Sort the S * k (token, expert) pairs by expert, so that each
-        expert multiplies one contiguous slice; then put the results back in token order."""
+        expert multiplies one contiguous slice; then take the results back in token order."""
         dtype = torch.get_autocast_dtype(x.device.type) \
             if torch.is_autocast_enabled(x.device.type) else x.dtype
-        if grouped is None:    # no host sync on a GPU; on a CPU it is no faster than the slices
+        if grouped is None:      # on a GPU: no host sync; on a CPU the slices are as fast or faster
             grouped = x.is_cuda and dtype == torch.bfloat16
-        order = chosen.flatten().argsort(stable=True)                  # [S * k]
-        counts = torch.bincount(chosen.flatten(), minlength=self.n_expert)
-        h = x.to(dtype).index_select(0, order // self.top_k)           # [S * k, D]
-        gate, up = expert_matmul(h, self.w_in.to(dtype), counts, grouped).chunk(2, dim=-1)
-        h = expert_matmul(F.silu(gate) * up, self.w_out.to(dtype), counts, grouped)
-        h = h.index_select(0, order.argsort()).view(*chosen.shape, -1)           # [S, k, D]
+        pairs = torch.arange(chosen.numel(), device=x.device)
+        expert, order = chosen.flatten().sort(stable=True)             # [S * k]
+        counts = size = torch.bincount(expert, minlength=self.n_expert)
+        total = len(pairs)
+        if not x.is_cuda and dtype == torch.bfloat16:
+            # oneDNN compiles a kernel for every new shape, and slices have new lengths each step:
+            # rounded up to 64 rows there are few shapes, and a step takes half the time
+            size = (counts + 63) // 64 * 64
+            total = int(size.sum())
+        shift = (size - counts).cumsum(0) - (size - counts)            # padding before expert e
+        slot = torch.empty_like(pairs).index_copy_(0, order, pairs + shift[expert])
+        token = slot.new_zeros(total).index_copy_(0, slot, pairs // self.top_k)
+        h = x.to(dtype).index_select(0, token)                         # [total, D]
+        gate, up = expert_matmul(h, self.w_in.to(dtype), size, grouped).chunk(2, dim=-1)
+        h = expert_matmul(F.silu(gate) * up, self.w_out.to(dtype), size, grouped)
+        h = h.index_select(0, slot).view(*chosen.shape, -1)            # [S, k, D], no padding
         return (h * weight.to(dtype)[..., None]).sum(1)
 
     @torch.no_grad()
@@ -91,8 +99,8 @@ class MoE(nn.Module):
         return uneven
 
 
-def expert_matmul(x, w, counts, grouped):
-    """x [S * k, a] in slices of counts [E], w [E, a, b] -> [S * k, b]: slice e times w[e]."""
+def expert_matmul(x, w, size, grouped):
+    """x [sum of size, a] in slices of size [E], w [E, a, b] -> [., b]: slice e times w[e]."""
     if grouped:
-        return F.grouped_mm(x, w, offs=counts.cumsum(0).int())
-    return torch.cat([a @ b for a, b in zip(x.split(counts.tolist()), w.unbind(0))])
+        return F.grouped_mm(x, w, offs=size.cumsum(0).int())
+    return torch.cat([a @ b for a, b in zip(x.split(size.tolist()), w.unbind(0))])

@@ -28,8 +28,8 @@ import prepare_data
 import train as train_script
 from engram import (DEMO, PAPER_27B, V41, Engram, EngramConfig, RowAdam, canonical_ids,
                     hash_multipliers, head_primes, lookup, normalise)
-from model import GPT, Cache, GPTConfig, attend, load_checkpoint, make_twins
-from moe import MoE, SwiGLU
+from model import GPT, Cache, GPTConfig, attend, make_twins
+from moe import MoE
 
 HERE = Path(__file__).resolve().parent
 VOCAB = 60
@@ -42,7 +42,8 @@ def seeded():
 
 
 def tiny_engram(**changes):
-    return EngramConfig(**{**dict(blocks=(0, 2), orders=(2, 3), heads=2, rows=97, width=4), **changes})
+    shape = dict(blocks=(0, 2), orders=(2, 3), heads=2, rows=97, width=4)
+    return EngramConfig(**{**shape, **changes})
 
 
 def tiny_gpt(dtype=torch.float64, **changes):
@@ -108,7 +109,7 @@ def test_demo_addresses(vectors, name):
 
 @pytest.mark.parametrize("name, branches", [("demo_order3", 1), ("two_layers_order4_branches2", 2)])
 def test_demo_outputs(vectors, name, branches):
-    """A swapped norm, a plain gate, a convolution with the wrong dilation: all train, none is it."""
+    """A swapped norm, a plain gate, a convolution with the wrong dilation: all train."""
     cfg, D = DEMO_RUNS[name]
     x = torch.from_numpy(vectors[f"{name}/canonical"]).long()
     for block in cfg.blocks:
@@ -127,7 +128,7 @@ def test_deepseek_v41_addresses():
     assert multipliers.tolist() == [76632096046245, 4839876093313, 35959672319349, 73987337458391]
     with torch.device("meta"):                         # 384 million rows: not allocated
         module = Engram(cfg, 1, 32, n_canonical=99092, pad=2)
-    assert module.table.shape == (384006168, 256) and module.rows_per_token_check() if False else True
+    assert module.table.shape == (384006168, 256)
     module.multipliers = torch.from_numpy(multipliers)
     module.primes = torch.tensor(primes[1])
     module.offsets = torch.zeros_like(module.primes)
@@ -151,7 +152,7 @@ def slow_rows(module, ids, stop):
     rows = []
     for t in range(len(ids)):
         past = [ids[t]]
-        for k in range(1, cfg.max_order):
+        for k in range(1, cfg.orders[-1]):
             gone = t - k < 0 or past[-1] is None or (stop and ids[t - k] == module.pad)
             past.append(None if gone and stop else module.pad if gone else ids[t - k])
         past = [module.pad if p is None else p for p in past]
@@ -250,8 +251,10 @@ def test_first_backward_reaches_everything():
     read = module.read(module.hash(torch.randint(0, 30, (2, 10))))
     out = module(h, read)
     (out * torch.randn_like(out)).sum().backward()
-    for name, grad in [(n, p.grad) for n, p in module.named_parameters()] + [("table", read.leaf.grad),
-                                                                           ("h", h.grad)]:
+    grads = {n: p.grad for n, p in module.named_parameters()}
+    grads.update(table=read.leaf.grad, h=h.grad)
+    assert grads.pop("norm_conv.weight").abs().max() == 0      # waits one step for the zero taps
+    for name, grad in grads.items():
         assert grad is not None and grad.abs().max() > 0, name
     assert out.norm() < 0.2 * h.norm()
 
@@ -391,10 +394,8 @@ def test_dense_model_is_plain():
     model = tiny_gpt(n_expert=0, engram=None)
     kinds = model.parameters_by_kind()
     assert all(kinds[k] == 0 for k in kinds if "engram" in k or "rout" in k)
-    assert isinstance(model.blocks[0].moe.shared, SwiGLU)
     acc = model.accounting()
     assert acc["P_tot"] == acc["P_act"] and acc["P_sparse"] == 0
-    assert len(list(model.generate(torch.tensor([[1]]), 5))) == 5
 
 
 @pytest.mark.parametrize("rho", [0, 0.25, 0.5, 0.75, 0.9])

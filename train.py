@@ -1,54 +1,58 @@
 """
 Train a transformer with Engram and its MoE-only twin of equal parameters and compute, and compare.
 
-    python train.py                          # both twins, on a CPU: Python's source, 6 to 8 minutes
-    python train.py --model engram --steps 2000 --rho 0.5
+    python train.py                          # both twins; on a CPU: Python's source, 6 to 8 minutes
+    python train.py --model engram --steps 2000 --rho 0.5 --out_dir out2
     python train.py --resume                 # the same command again, after a crash or Ctrl-C
 
 The idea: the two differ in one thing, whether a share of the sparse parameters sits in routed
 experts or in a table that is looked up. Same data in the same order, same steps, same total and
-active parameters, so the difference of the two curves is the difference the memory makes.
+active parameters, so the difference of the two curves is what the memory is worth.
 """
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 import argparse
+import ctypes
 import json
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from engram import EngramConfig, RowAdam, canonical_ids, lookup, opt
-from model import GPT, GPTConfig, load_checkpoint, make_twins
-from prepare_data import Offline, encoding, fail, load, prepare, token_bytes
+from model import GPT, GPTConfig, make_twins
+from prepare_data import DEFAULT_MB, Offline, encoding, fail, load, prepare, token_bytes
+from sample import complete, compare, load_checkpoint, plot, token_losses
 
 
 @dataclass
 class Config:
-    """How to train. The model's shape is GPTConfig's and EngramConfig's; all three become flags.
-    Every default stands once, in its dataclass, and is the laptop preset's."""
-    model: str = opt("both", "both twins, or one: engram, moe, or dense (equal active FLOPs)")
-    preset: str = opt("auto", "laptop, gpu, or auto: gpu where there is CUDA")
+    """Flags, with GPTConfig's and EngramConfig's. Defaults stand here once: the laptop preset's."""
+    model: str = opt("both", "both twins, or one: engram, moe, or dense (equal active FLOPs)",
+                     ("both", "engram", "moe", "dense"))
+    preset: str = opt("auto", "auto: gpu where there is CUDA", ("auto", "laptop", "gpu"))
     dataset: str = opt("auto", "python, tinystories, openwebtext or a name of your own; auto: "
                        "tinystories on CUDA, else python")
     data_dir: str = opt("data", "where prepare_data.py writes")
     out_dir: str = opt("out", "logs, checkpoints and loss.png go here")
     device: str = opt("auto", "cpu, cuda, cuda:1, ...")
-    dtype: str = opt("auto", "float32, bfloat16 (autocast) or auto: the faster, timed at the start")
+    dtype: str = opt("auto", "bfloat16: by autocast; auto: the faster, timed at the start",
+                     ("auto", "float32", "bfloat16"))
     compile: bool = opt(False, "torch.compile; about 25 s per model, so not for short runs")
     seed: int = opt(0, "of the initial weights and the data order")
     steps: int = opt(1200, "optimiser steps, capped at one pass over the data")
     tokens_per_step: int = opt(2048, "tokens per optimiser step")
     batch_size: int = opt(8, "sequences per micro-batch; the rest of a step is accumulated")
     lr: float = opt(4e-3, "peak learning rate of the backbone")
-    table_lr: float = opt(5.0, "learning rate of the tables, times the backbone's (paper: 5)")
+    table_lr: float = opt(5.0, "learning rate of the tables over the backbone's (paper: 5)")
     weight_decay: float = opt(0.1, "of the matrices; tables, norms and biases have none")
     warmup: float = opt(0.05, "share of the steps")
     min_lr: float = opt(0.05, "share of the peak that cosine decay ends at")
@@ -64,8 +68,8 @@ class Config:
 # What the gpu preset changes: sized for 24 GB, never run by us on such a card.
 GPU = dict(n_layer=8, n_head=8, n_embd=512, block_size=512, n_expert=32, expert_hidden=256,
            shared_hidden=512, engram_blocks=(1, 4), engram_heads=8, engram_width=32,
-           steps=3000, tokens_per_step=32768, batch_size=32, lr=1e-3, balance_step=0.002,
-           eval_every=150, eval_tokens=524288)
+           steps=1500, tokens_per_step=32768, batch_size=32, lr=1e-3, balance_step=0.002,
+           eval_tokens=524288)
 
 
 # -----------------------------------------------------------------------------
@@ -75,189 +79,156 @@ def parse(argv):
     """-> Config, GPTConfig (with its EngramConfig). Later wins: defaults, preset, flags given."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    owners = ((Config, ""), (GPTConfig, ""), (EngramConfig, "engram_"))
-    for owner, prefix in owners:
-        for f in fields(owner):
-            if "help" not in f.metadata or prefix + f.name == "engram_rows":
-                continue
+    for owner, prefix in ((Config, ""), (GPTConfig, ""), (EngramConfig, "engram_")):
+        for f in (f for f in fields(owner) if "help" in f.metadata):
             kind = {bool: {"action": argparse.BooleanOptionalAction},
-                    tuple: {"type": int, "nargs": "+"}}.get(type(f.default), {"type": type(f.default)})
-            parser.add_argument(f"--{prefix}{f.name}", default=argparse.SUPPRESS, **kind,
-                                help=f"{f.metadata['help']} ({f.default})".replace("%", "%%"))
+                    tuple: {"type": int, "nargs": "+"}}.get(
+                    type(f.default), {"type": type(f.default), "choices": f.metadata["choices"]})
+            text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
+            parser.add_argument(f"--{prefix}{f.name}", default=argparse.SUPPRESS, help=text, **kind)
     given = vars(parser.parse_args(argv))
-    device = given.get("device", "auto")
+    device, preset = given.get("device", "auto"), given.get("preset", "auto")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    preset = given.get("preset", "auto")
     if preset == "auto":
         preset = "gpu" if device.startswith("cuda") else "laptop"
-    if preset not in ("laptop", "gpu"):
-        fail(f"preset {preset!r}: must be laptop, gpu or auto")
     values = {**(GPU if preset == "gpu" else {}), **given, "device": device, "preset": preset}
-    take = lambda owner, prefix: {f.name: values[prefix + f.name] for f in fields(owner)
-                                  if prefix + f.name in values}
+    take = lambda owner, prefix="": owner(**{f.name: values[prefix + f.name] for f in fields(owner)
+                                             if prefix + f.name in values})
     try:
-        cfg = Config(**take(Config, ""))
-        shape = GPTConfig(**take(GPTConfig, ""), engram=EngramConfig(**take(EngramConfig, "engram_")))
-    except ValueError as error:
-        fail(error)
-    check(cfg, shape)
+        cfg, shape = take(Config), take(GPTConfig)
+        shape.engram = take(EngramConfig, "engram_")
+        shape.__post_init__()
+        check(cfg, shape)
+        torch.empty(1, device=device)
+    except (ValueError, RuntimeError, AssertionError) as error:       # torch's own for the device
+        fail(str(error).splitlines()[0])
     return cfg, shape
 
 
 def check(cfg, shape):
-    if cfg.model not in ("both", "engram", "moe", "dense"):
-        fail(f"model {cfg.model!r}: must be both, engram, moe or dense")
-    if cfg.dtype not in ("auto", "float32", "bfloat16"):
-        fail(f"dtype {cfg.dtype!r}: must be float32, bfloat16 or auto")
-    for name in ("steps", "tokens_per_step", "batch_size", "lr", "table_lr", "grad_clip",
-                 "eval_every", "eval_tokens"):
-        if not getattr(cfg, name) > 0:
-            fail(f"{name} {getattr(cfg, name)}: must be above 0")
-    for name in ("seed", "weight_decay", "balance_step", "balance_loss"):
-        if not getattr(cfg, name) >= 0:
-            fail(f"{name} {getattr(cfg, name)}: must be 0 or more")
-    for name in ("warmup", "min_lr"):
-        if not 0 <= getattr(cfg, name) <= 1:
-            fail(f"{name} {getattr(cfg, name)}: is a share, from 0 to 1")
+    for names, low, high in (("steps tokens_per_step batch_size eval_every eval_tokens", 1, 1e12),
+                             ("lr table_lr grad_clip", 1e-12, 1e12), ("warmup min_lr", 0, 1),
+                             ("seed weight_decay balance_step balance_loss", 0, 1e12)):
+        for name in names.split():
+            if not low <= getattr(cfg, name) <= high:
+                raise ValueError(f"{name} {getattr(cfg, name)}: must be from {low} to {high}")
     micro = cfg.batch_size * shape.block_size
     if cfg.tokens_per_step % micro:
-        fail(f"tokens_per_step {cfg.tokens_per_step} is not a multiple of batch_size * block_size ="
-             f" {cfg.batch_size} * {shape.block_size} = {micro}; try {max(1, cfg.tokens_per_step // micro) * micro}")
-    try:
-        torch.empty(1, device=cfg.device)
-    except (RuntimeError, AssertionError) as error:
-        fail(f"device {cfg.device!r} is not usable here ({str(error).splitlines()[0]}); try cpu")
+        raise ValueError(f"tokens_per_step {cfg.tokens_per_step} is not a multiple of batch_size * "
+                         f"block_size = {cfg.batch_size} * {shape.block_size} = {micro}")
+
+
+def keep_freed_memory():
+    """glibc hands large freed blocks back to the system, and each step maps and clears its
+    activations anew: a quarter of its time on a CPU. Have it keep them."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(-4, 0)               # M_MMAP_MAX: no mappings of their own
+        ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)     # M_TRIM_THRESHOLD: 2 GB
 
 
 def faster_dtype(device):
     """bfloat16 where a matmul in it is at least 1.2x as fast. Some CPUs only emulate it."""
-    def seconds(dtype):
-        a, times = torch.randn(1024, 1024, device=device, dtype=dtype), []
-        for _ in range(6):
-            start = time.perf_counter()
-            (a @ a).sum().item()
-            times.append(time.perf_counter() - start)
-        return sorted(times)[1]
-    return "bfloat16" if seconds(torch.float32) > 1.2 * seconds(torch.bfloat16) else "float32"
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        timer = Timer("a @ a", globals={"a": torch.randn(1024, 1024, device=device, dtype=dtype)},
+                      num_threads=torch.get_num_threads())
+        seconds[dtype] = min(timer.blocked_autorange(min_run_time=0.1).times)
+    return "bfloat16" if seconds[torch.float32] > 1.2 * seconds[torch.bfloat16] else "float32"
 
 
 # -----------------------------------------------------------------------------
 # data
 
+def find_data(cfg):
+    """-> name of the data set, prepared if need be; what was done otherwise than asked, or None."""
+    name, note = cfg.dataset, None
+    if name == "auto":
+        name = "tinystories" if cfg.device.startswith("cuda") else "python"
+    if name in DEFAULT_MB and not (Path(cfg.data_dir) / name / "meta.json").exists():
+        try:
+            prepare(name, data_dir=cfg.data_dir)
+        except Offline as error:
+            if cfg.dataset != "auto":
+                fail(error)
+            note, name = f"{name}: {error}; using python instead", "python"
+            print(note)
+            prepare(name, data_dir=cfg.data_dir)
+    return name, note
+
+
 class Data:
-    """Token sequences of a prepared data set: batches of one pass in an order set by the seed, a
-    fixed validation set, and what is known about each validation token."""
+    """Token sequences of a prepared data set: one pass in an order set by the seed, a validation
+    set that never changes, and what is known about its tokens."""
 
     def __init__(self, cfg, shape):
-        self.note, name = None, cfg.dataset
-        if name == "auto":
-            name = "tinystories" if cfg.device.startswith("cuda") else "python"
-        if not (Path(cfg.data_dir) / name / "meta.json").exists() \
-                and name in ("python", "tinystories", "openwebtext"):
-            try:
-                prepare(name, data_dir=cfg.data_dir)
-            except Offline as error:
-                if cfg.dataset != "auto":
-                    fail(error)
-                self.note = f"{name}: {error}; using python instead"
-                print(self.note)
-                name = "python"
-                if not (Path(cfg.data_dir) / name / "meta.json").exists():
-                    prepare(name, data_dir=cfg.data_dir)
-        self.meta, self.train, val = load(name, cfg.data_dir)
-        self.name, self.T = name, shape.block_size
+        self.name, self.note, self.T = *find_data(cfg), shape.block_size
+        self.meta, self.train, val = load(self.name, cfg.data_dir)
         blocks = (len(self.train) - 1) // self.T
+        n = min(max(1, cfg.eval_tokens // self.T), (len(val) - 1) // self.T)
+        if n < 1 or blocks < cfg.tokens_per_step // self.T:
+            fail(f"{self.name}: {len(self.train):,} tokens to train on, {len(val):,} to validate: "
+                 f"too few for a step of {cfg.tokens_per_step:,} or a sequence of {self.T}")
         self.order = np.random.default_rng(cfg.seed).permutation(blocks)
-        n = min(cfg.eval_tokens // self.T, (len(val) - 1) // self.T)
-        if n < 1 or blocks < 1:
-            fail(f"data set {name}: {len(self.train):,} training and {len(val):,} validation tokens"
-                 f" do not hold one sequence of {self.T}; use a smaller --block_size or more text")
         starts = np.linspace(0, len(val) - 1 - self.T, n).astype(int)
         self.val_x, self.val_y = self.sequences(val, starts)
         pieces = token_bytes(self.meta["tokenizer"])
+        self.canonical = canonical_ids(pieces, shape.engram.compress)
         self.bytes = torch.tensor([len(b) for b in pieces])
         self.bytes[self.meta["eot"]] = 0                          # the separator is not text
-        self.canonical = canonical_ids(pieces, shape.engram.compress)
-        self.copy = None                                          # set once the steps are known
 
     def sequences(self, tokens, starts):
-        rows = torch.from_numpy(np.stack([tokens[s:s + self.T + 1] for s in starts]).astype(np.int64))
-        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        rows = np.stack([tokens[s:s + self.T + 1] for s in starts]).astype(np.int64)
+        return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
 
-    def batch(self, step, sequences):
-        """-> x, y [sequences, T]. A function of seed and step alone: nothing to save or restore."""
-        chosen = self.order[step * sequences:(step + 1) * sequences]
-        return self.sequences(self.train, chosen * self.T)
+    def batch(self, step, n):
+        """-> x, y [n, T]. A function of seed and step alone: nothing to save or restore."""
+        return self.sequences(self.train, self.order[step * n:(step + 1) * n] * self.T)
 
-    def copyable(self, sequences):
-        """-> bool [n, T]: validation tokens whose 2-gram is in none of the first sequences of the
-        order, those that training sees, but stands earlier in the same context. Only in-context
-        copying (induction) predicts them well: their loss shows whether it has formed."""
-        V = self.meta["vocab_size"]
-        pairs = (self.val_x * V + self.val_y).numpy()
-        unique = np.unique(pairs)
-        seen = np.zeros(len(unique), bool)
-        for i in range(0, sequences, 4096):                       # memory stays flat
-            x, y = self.sequences(self.train, self.order[i:min(i + 4096, sequences)] * self.T)
-            seen[np.isin(unique, (x * V + y).numpy())] = True
-        new = ~seen[np.searchsorted(unique, pairs)]
-        for row in range(len(pairs)):
-            first = np.unique(pairs[row], return_index=True)[1]
-            new[row, first] = False
-        return torch.from_numpy(new)
+    def mark_copyable(self, n):
+        """Mark the validation tokens whose 2-gram is in none of the first n sequences of the order,
+        those that training sees, but stands earlier in the same context. Only in-context copying
+        (induction) predicts them well: their loss shows whether it has formed."""
+        pairs = (self.val_x * len(self.bytes) + self.val_y).numpy()
+        unique, seen = np.unique(pairs), set()
+        for i in range(0, n, 4096):                               # memory stays flat
+            x, y = self.sequences(self.train, self.order[i:min(i + 4096, n)] * self.T)
+            seen.update(unique[np.isin(unique, (x * len(self.bytes) + y).numpy())].tolist())
+        new = ~np.isin(pairs, list(seen))
+        for row, p in zip(new, pairs):
+            row[np.unique(p, return_index=True)[1]] = False       # its first time in this context
+        self.copyable = torch.from_numpy(new)
 
     def score(self, losses):
         """token_losses of the validation set -> what is reported of them."""
-        bits = losses.double().sum().item() / math.log(2)
-        return {"val_loss": losses.double().mean().item(),
-                "val_bpb": bits / self.bytes[self.val_y].sum().item(),
-                "copy_loss": losses[self.copy].double().mean().item() if self.copy.any() else None}
-
-    def describe(self):
-        keys = ("source", "revision", "corpus_sha256", "vocab_size", "train", "val")
-        return {"name": self.name, "note": self.note, "val_tokens_used": self.val_y.numel(),
-                "copyable_tokens": int(self.copy.sum()), **{k: self.meta[k] for k in keys}}
+        losses = losses.double()
+        copy = losses[self.copyable].mean().item() if self.copyable.any() else None
+        return {"val_loss": losses.mean().item(), "copy_loss": copy,
+                "val_bpb": losses.sum().item() / math.log(2) / self.bytes[self.val_y].sum().item()}
 
 
 # -----------------------------------------------------------------------------
 # evaluation: touches no training RNG
 
-@torch.no_grad()
-def token_losses(model, x, y, batch_size, autocast):
-    """-> nats for each token [n, T], on the CPU, in fp32."""
-    model.eval()
-    device, losses = model.embed.weight.device, []
-    for i in range(0, len(x), batch_size):
-        with autocast:
-            logits = model(x[i:i + batch_size].to(device))[0].float()
-        target = y[i:i + batch_size].to(device)
-        losses.append(F.cross_entropy(logits.transpose(1, 2), target, reduction="none").cpu())
-    model.train()
-    return torch.cat(losses)
-
-
-@torch.no_grad()
-def vital_signs(model, tables, x, autocast):
-    """Is the memory alive? Gate mean and spread, |what it adds| / |h|, share of rows touched."""
-    seen = []
+def evaluate(model, tables, data, cfg, autocast):
+    """-> losses, and whether the memory is alive, per memory layer: mean and spread of the gate,
+    |what it adds| / |h|, share of the table's rows that training has touched."""
+    seen = {engram: [] for engram in model.engrams()}
 
     def look(engram, args, out):
         h, read = args[:2]
         alpha = engram.gate(h, lookup(read)).float()
-        seen.append(torch.stack([alpha.mean(), alpha.std(), out.norm() / h.norm()]))
+        seen[engram].append(torch.stack([alpha.mean(), alpha.std(), out.norm() / h.norm()]))
 
-    hooks = [engram.register_forward_hook(look) for engram in model.engrams()]
-    model.eval()
-    with autocast:
-        model(x.to(model.embed.weight.device))
-    model.train()
+    hooks = [engram.register_forward_hook(look) for engram in seen]
+    record = data.score(token_losses(model, data.val_x, data.val_y, cfg.batch_size, autocast))
     for hook in hooks:
         hook.remove()
-    names = ("gate_mean", "gate_std", "out_over_h")
-    signs = {n: [round(v, 4) for v in s] for n, s in zip(names, torch.stack(seen).T.tolist())}
-    signs["rows_touched"] = [round((s["visits"] > 0).float().mean().item(), 4) for s in tables.state]
-    return signs
+    if seen:
+        means = torch.stack([torch.stack(s).mean(0) for s in seen.values()]).T.tolist()
+        record.update(zip(("gate_mean", "gate_std", "out_over_h"), means))
+        record["rows_touched"] = [(s["visits"] > 0).float().mean().item() for s in tables.state]
+    return record
 
 
 # -----------------------------------------------------------------------------
@@ -265,14 +236,12 @@ def vital_signs(model, tables, x, autocast):
 
 def optimisers(model, cfg):
     """AdamW for the backbone, row-wise Adam for the tables. One group per reason."""
-    decay, plain = {}, {}
+    groups = [dict(params=[], weight_decay=cfg.weight_decay),     # matrices
+              dict(params=[], weight_decay=0.0)]                  # norms, biases, conv taps
     for name, p in model.named_parameters():
-        (plain if p.ndim < 2 or name.endswith(".conv") else decay)[name] = p
-    assert len(decay) + len(plain) == len(list(model.parameters()))
-    groups = [dict(params=list(decay.values()), weight_decay=cfg.weight_decay),   # matrices
-              dict(params=list(plain.values()), weight_decay=0.0)]   # norms, biases, conv taps
+        groups[p.ndim < 2 or name.endswith(".conv")]["params"].append(p)
     return (torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True),
-            RowAdam([engram.table for engram in model.engrams()]))   # not read: not moved
+            RowAdam([engram.table for engram in model.engrams()]))       # no decay, see there
 
 
 def learning_rate(step, cfg):
@@ -293,47 +262,54 @@ def write_whole(path, write):
     os.replace(part, path)
 
 
-def restore(path, cfg, shape, data):
-    """-> the checkpoint at path, refused unless it was made by this same run's command."""
-    saved = load_checkpoint(path)
-    if saved["tokenizer"]["sha256"] != data.meta["tokenizer"]["sha256"]:
-        fail(f"{path} was made with tokenizer {saved['tokenizer']['sha256'][:12]}, the data with "
-             f"{data.meta['tokenizer']['sha256'][:12]}; prepare the same data or start anew")
-    mine = {**asdict(cfg), **asdict(shape), "data": data.meta["train"]["sha256"]}
-    free = ("resume", "model", "out_dir", "data_dir", "dataset", "device", "preset")
-    differ = [f"{k} {v!r} there, {mine[k]!r} here" for k, v in saved["config"].items()
-              if k not in free and v != mine[k]]
-    if differ:
-        fail(f"{path} is of another run: {'; '.join(differ)}")
-    return saved
+def describe(name, model, cfg, data):
+    """-> the first record of a log: all that is needed to understand and repeat the run."""
+    git = f"git -C {shlex.quote(str(Path(__file__).resolve().parent))} describe --always --dirty"
+    known = {k: v for k, v in data.meta.items() if k not in ("tokenizer", "args")}
+    return {"command": shlex.join(sys.argv), "model": name, "config": asdict(cfg),
+            "shape": asdict(model.cfg), "accounting": model.accounting(),
+            "parameters_by_kind": model.parameters_by_kind(), "data": {**known, "note": data.note},
+            "copyable_tokens": int(data.copyable.sum()), "commit": subprocess.getoutput(git),
+            "python": platform.python_version(), "torch": torch.__version__,
+            "device": device_name(cfg.device), "threads": torch.get_num_threads()}
+
+
+def start(path, run, shape, cfg, data):
+    """-> model, backbone and table optimisers, state of training: new, or as the checkpoint at
+    path has them, which is refused unless it is of this run."""
+    saved, device = None, torch.device(cfg.device)
+    if path.exists():
+        saved = load_checkpoint(path, device)
+        differ = [f"{k} {v!r} there, {run[k]!r} here" for k, v in saved["run"].items() if v != run[k]]
+        if differ:
+            fail(f"{path} is of another run: {'; '.join(differ)}")
+    torch.manual_seed(cfg.seed)
+    model = GPT(shape, saved["model"]["canonical"].cpu() if saved else data.canonical).to(device)
+    backbone, tables = optimisers(model, cfg)
+    if not saved:
+        return model, backbone, tables, {"step": 0, "seconds": 0.0, "records": []}
+    model.load_state_dict(saved["model"])
+    backbone.load_state_dict(saved["backbone"])
+    tables.state = saved["tables"]
+    torch.set_rng_state(saved["rng"].cpu())
+    return model, backbone, tables, {k: saved[k] for k in ("step", "seconds", "records")}
 
 
 def train(name, shape, cfg, data):
-    """Train one model; -> its records, one dict per evaluation (step, tokens, seconds, val_loss,
-    val_bpb, ...). Everything is under out_dir/name: log.jsonl and ckpt.pt."""
-    out = Path(cfg.out_dir) / name
-    out.mkdir(parents=True, exist_ok=True)
-    path, device = out / "ckpt.pt", torch.device(cfg.device)
-    saved = restore(path, cfg, shape, data) if path.exists() else None
-    torch.manual_seed(cfg.seed)
-    model = GPT(shape, saved["model"]["canonical"] if saved else data.canonical)
-    model.to(device)
-    backbone, tables = optimisers(model, cfg)
-    step, seconds, records = 0, 0.0, []
-    if saved:
-        model.load_state_dict(saved["model"])
-        backbone.load_state_dict(saved["backbone"])
-        tables.load_state_dict(saved["tables"])
-        torch.set_rng_state(saved["rng"])
-        step, seconds, records = saved["step"], saved["seconds"], saved["records"]
-    header = {"command": " ".join(sys.argv), "model": name, "config": asdict(cfg),
-              "shape": asdict(shape), "accounting": model.accounting(),
-              "parameters_by_kind": model.parameters_by_kind(), "data": data.describe(),
-              "commit": commit(), "python": platform.python_version(), "torch": torch.__version__,
-              "device": device_name(device), "threads": torch.get_num_threads()}
-    log = lambda: write_whole(out / "log.jsonl", lambda f: f.writelines(
-        (json.dumps(r) + "\n").encode() for r in [header, *records]))
-    log()
+    """Train one model -> the model. Under out_dir/name: log.jsonl (a header, then a record per
+    evaluation) and ckpt.pt, both whole at any moment."""
+    out, device = Path(cfg.out_dir) / name, torch.device(cfg.device)
+    path, free = out / "ckpt.pt", "resume model preset out_dir data_dir dataset device".split()
+    run = {**{k: v for k, v in asdict(cfg).items() if k not in free}, **asdict(shape),
+           "tokenizer": data.meta["tokenizer"]["sha256"], "data": data.meta["train"]["sha256"]}
+    model, backbone, tables, state = start(path, run, shape, cfg, data)
+    step, seconds, records = state.values()
+    header = describe(name, model, cfg, data)
+
+    def check_finite(loss):
+        if not math.isfinite(loss):
+            kept = f"{path} is the last good checkpoint" if path.exists() else "no checkpoint yet"
+            fail(f"{name}: the loss is {loss} at step {step}; {kept}; try a lower --lr")
 
     forward = torch.compile(model) if cfg.compile else model
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
@@ -341,199 +317,110 @@ def train(name, shape, cfg, data):
     micro = [slice(i, i + cfg.batch_size) for i in range(0, sequences, cfg.batch_size)]
     moes = [block.moe for block in model.blocks if shape.n_expert]
     bar = tqdm(total=cfg.steps, initial=step, desc=f"{name:6s}", unit="step", dynamic_ncols=True)
-    train_loss, load, since, start = 0.0, 0.0, 0, time.perf_counter()
     while step < cfg.steps:
+        train_loss, load_, began, first = 0.0, 0.0, time.perf_counter(), step
+        while step == first or step % cfg.eval_every and step < cfg.steps:
 
-        # -------------------------------------------------- forward and backward
-        x, y = (t.to(device) for t in data.batch(step, sequences))
-        reads = model.read(x)              # once a step: the addresses need the tokens alone
-        loss = 0.0
-        for part in micro:
-            with autocast:
-                _, nats, balance = forward(x[part], y[part], [r.micro(part) for r in reads])
-            ((nats + cfg.balance_loss * balance) / len(micro)).backward()
-            loss += nats.item() / len(micro)
-        if not math.isfinite(loss):
-            bar.close()
-            fail(f"{name}: the loss is {loss} at step {step}; {kept(path)}; try a lower --lr")
+            # ---- forward and backward
+            x, y = (t.to(device) for t in data.batch(step, sequences))
+            reads = model.read(x)           # once a step: the addresses need the tokens alone
+            loss = 0.0
+            for part in micro:
+                with autocast:
+                    _, nats, balance = forward(x[part], y[part], [r.micro(part) for r in reads])
+                ((nats + cfg.balance_loss * balance) / len(micro)).backward()
+                loss += nats.item() / len(micro)
+            check_finite(loss)
 
-        # -------------------------------------------------- update
-        everything = list(model.parameters()) + [r.leaf for r in reads]
-        missing = [n for n, p in model.named_parameters() if p.grad is None]
-        assert not missing, f"no gradient reached {missing}"
-        torch.nn.utils.clip_grad_norm_(everything, cfg.grad_clip)
-        lr = learning_rate(step, cfg)
-        for group in backbone.param_groups:
-            group["lr"] = lr
-        backbone.step()
-        tables.step(reads, lr * cfg.table_lr)
-        backbone.zero_grad(set_to_none=True)
-        load += sum(moe.move_bias(cfg.balance_step) for moe in moes)
-        step, since, train_loss = step + 1, since + 1, train_loss + loss
-        bar.update()
-        bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-        if step % cfg.eval_every and step < cfg.steps:
-            continue
+            # ---- update
+            missing = [n for n, p in model.named_parameters() if p.grad is None]
+            assert not missing, f"no gradient reached {missing}"
+            leaves = [read.leaf for read in reads]
+            torch.nn.utils.clip_grad_norm_([*model.parameters(), *leaves], cfg.grad_clip)
+            lr = learning_rate(step, cfg)
+            for group in backbone.param_groups:
+                group["lr"] = lr
+            backbone.step()
+            tables.step(reads, lr * cfg.table_lr)
+            backbone.zero_grad()
+            load_ += sum(moe.move_bias(cfg.balance_step) for moe in moes) / max(1, len(moes))
+            step, train_loss = step + 1, train_loss + loss
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            bar.update()
 
-        # -------------------------------------------------- evaluate, log, save
+        # ---- evaluate, save, log
         if device.type == "cuda":
             torch.cuda.synchronize()
-        spent = time.perf_counter() - start
-        seconds += spent
-        losses = token_losses(model, data.val_x, data.val_y, cfg.batch_size, autocast)
-        record = {"step": step, "tokens": step * cfg.tokens_per_step, "seconds": round(seconds, 2),
-                  "tokens_per_s": round(since * cfg.tokens_per_step / spent),
-                  "lr": lr, "train_loss": round(train_loss / since, 4), **data.score(losses)}
-        if moes:
-            record["load_max_over_mean"] = round(float(load) / since / len(moes), 3)
-        if reads:
-            record.update(vital_signs(model, tables, data.val_x[:cfg.batch_size], autocast))
-        if not math.isfinite(record["val_loss"]):
-            bar.close()
-            fail(f"{name}: the validation loss is {record['val_loss']} at step {step}; {kept(path)};"
-                 " try a lower --lr")
-        records.append(record)
+        spent, steps = time.perf_counter() - began, step - first
+        seconds += spent                    # of training alone
+        records.append({"step": step, "tokens": step * cfg.tokens_per_step, "seconds": seconds,
+                        "tokens_per_s": steps * cfg.tokens_per_step / spent, "lr": lr,
+                        "train_loss": train_loss / steps, "load_max": float(load_) / steps,
+                        **evaluate(model, tables, data, cfg, autocast)})
+        check_finite(records[-1]["val_loss"])
         write_whole(path, lambda f: torch.save({
-            "model": model.state_dict(), "backbone": backbone.state_dict(),
-            "tables": tables.state_dict(), "rng": torch.get_rng_state(), "step": step,
-            "seconds": seconds, "records": records, "shape": asdict(shape),
-            "config": {**asdict(cfg), **asdict(shape), "data": data.meta["train"]["sha256"]},
-            "tokenizer": data.meta["tokenizer"]}, f))
-        log()
-        bar.set_postfix_str(f"loss {loss:.3f} val {record['val_loss']:.3f}")
-        train_loss, load, since, start = 0.0, 0.0, 0, time.perf_counter()
+            "model": model.state_dict(), "backbone": backbone.state_dict(), "tables": tables.state,
+            "rng": torch.get_rng_state(), "step": step, "seconds": seconds, "records": records,
+            "shape": asdict(shape), "run": run, "tokenizer": data.meta["tokenizer"]}, f))
+        write_whole(out / "log.jsonl", lambda f: f.writelines(
+            (json.dumps(record) + "\n").encode() for record in [header, *records]))
     bar.close()
-    return model, records, header
-
-
-def kept(path):
-    return f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was made yet"
-
-
-def commit():
-    try:
-        here = Path(__file__).resolve().parent
-        return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, check=True,
-                              capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    return model
 
 
 def device_name(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-# -----------------------------------------------------------------------------
-# both models
-
-def crossing(records, target):
-    """-> (tokens, seconds) at which the validation loss first reached target, linear between
-    evaluations; None if it never did."""
-    for before, after in zip([None] + records, records):
-        if after["val_loss"] <= target:
-            if before is None:
-                return after["tokens"], after["seconds"]
-            share = (before["val_loss"] - target) / (before["val_loss"] - after["val_loss"])
-            return tuple(before[k] + share * (after[k] - before[k]) for k in ("tokens", "seconds"))
-    return None
-
-
-def compare(runs):
-    """runs: {name: (records, header)} -> lines of a table, and what the memory was worth."""
-    rows = [("P_tot, parameters without embedding", lambda r, h: f"{h['accounting']['P_tot']:,}"),
-            ("P_act, of these used per token", lambda r, h: f"{h['accounting']['P_act']:,}"),
-            ("tokens/s, training", lambda r, h: f"{r[-1]['tokens'] / r[-1]['seconds']:,.0f}"),
-            ("validation loss, nats per token", lambda r, h: f"{r[-1]['val_loss']:.4f}"),
-            ("validation, bits per byte", lambda r, h: f"{r[-1]['val_bpb']:.4f}")]
-    lines = ["", f"{'':36s}" + "".join(f"{name:>14s}" for name in runs)]
-    lines += [f"{title:36s}" + "".join(f"{show(*run):>14s}" for run in runs.values())
-              for title, show in rows]
-    if "engram" in runs and "moe" in runs:
-        (a, _), (b, _) = runs["engram"], runs["moe"]
-        lines.append(f"difference, engram - moe: {a[-1]['val_loss'] - b[-1]['val_loss']:+.4f} nats "
-                     "per token (one pair; a single run varies by about 0.02)")
-        at = crossing(a, b[-1]["val_loss"])
-        lines.append("engram did not reach the twin's final loss" if at is None else
-                     f"engram passed the twin's final loss at {at[0] / b[-1]['tokens']:.0%} of the "
-                     f"tokens and {at[1] / b[-1]['seconds']:.0%} of the wall clock")
-    return lines
-
-
-def plot(runs, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for (name, (records, _)), style in zip(runs.items(), ("-", "--", ":")):
-        axes.plot([r["tokens"] for r in records], [r["val_loss"] for r in records], style, label=name)
-    axes.set(xlabel="training tokens", ylabel="validation loss (nats per token)")
-    axes.legend()
-    figure.tight_layout()
-    write_whole(path, lambda f: figure.savefig(f, format="png", dpi=120))
-    plt.close(figure)
-
-
-def sample(model, tok, tokens=100, seed=0):
-    """-> text that continues an end of text, i.e. starts a document."""
-    generator = torch.Generator(model.embed.weight.device).manual_seed(seed)
-    enc, device = encoding(tok), model.embed.weight.device
-    model.eval()
-    ids = model.generate(torch.tensor([[enc.eot_token]], device=device), tokens, generator=generator,
-                         stop=enc.eot_token)
-    return enc.decode([i for i in ids if i != enc.eot_token])
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else \
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def main(argv=None):
+    keep_freed_memory()
     cfg, shape = parse(argv)
     out = Path(cfg.out_dir)
     names = ("engram", "moe") if cfg.model == "both" else (cfg.model,)
-    for name in names:
-        if (out / name / "ckpt.pt").exists() and not cfg.resume:
-            fail(f"{out / name / 'ckpt.pt'} exists: add --resume to go on with it, or give another "
-                 "--out_dir")
-    if cfg.resume and not any((out / name / "ckpt.pt").exists() for name in names):
-        fail(f"nothing to resume: no ckpt.pt in {', '.join(str(out / n) for n in names)}")
+    there = [name for name in names if (out / name / "ckpt.pt").exists()]
+    if there and not cfg.resume:
+        fail(f"{out / there[0]}/ckpt.pt exists: --resume goes on, another --out_dir begins anew")
+    if cfg.resume and not there:
+        fail(f"nothing to resume: no {out / names[0] / 'ckpt.pt'}; leave out --resume")
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            (out / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        fail(f"out_dir {out} cannot be used: {error}")
+        fail(f"out_dir {out}: {error.strerror}; give another --out_dir")
     if cfg.dtype == "auto":
         cfg.dtype = faster_dtype(cfg.device)
     data = Data(cfg, shape)
     shape.vocab_size = data.meta["vocab_size"]
-    whole = len(data.order) // (cfg.tokens_per_step // shape.block_size)
-    if cfg.steps > whole:
-        print(f"steps {cfg.steps} capped at {whole}: one pass over the {len(data.train):,} tokens of "
-              f"{data.name}; repeated data makes tables overfit")
-        cfg.steps = whole
-    if cfg.steps < 1:
-        fail(f"{len(data.train):,} training tokens are less than one step of {cfg.tokens_per_step}")
-    data.copy = data.copyable(cfg.steps * cfg.tokens_per_step // shape.block_size)
-    shapes, lines = shapes_of(shape, cfg)
-    print(*lines, f"{data.name}: {cfg.steps} steps x {cfg.tokens_per_step} tokens, {cfg.dtype} on "
-          f"{device_name(torch.device(cfg.device))}", sep="\n")
-    runs = {}
-    for name in names:
-        model, records, header = train(name, shapes[name], cfg, data)
-        runs[name] = records, header
-        if name == names[0]:
-            text = sample(model, data.meta["tokenizer"])
-    plot(runs, out / "loss.png")
-    print(*compare(runs), f"curves: {out / 'loss.png'}; a sample of {names[0]}:", "", text, sep="\n")
-
-
-def shapes_of(shape, cfg):
-    """-> {model: GPTConfig}, lines to print."""
+    sequences = cfg.tokens_per_step // shape.block_size
+    if cfg.steps > len(data.order) // sequences:
+        print(f"steps {cfg.steps} capped at {len(data.order) // sequences}, one pass over the "
+              f"{len(data.train):,} tokens of {data.name}: on repeated data tables overfit")
+        cfg.steps = len(data.order) // sequences
+    data.mark_copyable(cfg.steps * sequences)
+    lines = []
     if cfg.model == "dense":     # as many active FLOPs as the experts of a token have together
         hidden = shape.shared_hidden + (shape.top_k * shape.expert_hidden if shape.n_expert else 0)
-        return {"dense": replace(shape, n_expert=0, shared_hidden=hidden, engram=None)}, []
-    try:
-        return make_twins(shape, cfg.rho)
-    except ValueError as error:
-        fail(error)
+        shapes = {"dense": replace(shape, n_expert=0, shared_hidden=hidden, engram=None)}
+    else:
+        try:
+            shapes, lines = make_twins(shape, cfg.rho)
+        except ValueError as error:
+            fail(error)
+    print(*lines, f"{data.name}: {cfg.steps} steps x {cfg.tokens_per_step} tokens, {cfg.dtype} on "
+          f"{device_name(cfg.device)}", sep="\n", flush=True)
+    for name in names:
+        model = train(name, shapes[name], cfg, data)
+        if name == names[0]:
+            text = "".join(complete(model, encoding(data.meta["tokenizer"]), max_new_tokens=100))
+    plot(out)
+    print(*compare(out), f"curves: {out / 'loss.png'}; a sample of {names[0]}:", text, sep="\n")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; the last checkpoint is kept: the same command with --resume goes on",
+              file=sys.stderr)
+        sys.exit(130)
