@@ -27,12 +27,12 @@ class GPTConfig:
     vocab_size: int = 4096
     block_size: int = opt(256, "context length, in tokens")
     n_layer: int = opt(4, "blocks")
-    n_head: int = opt(3, "attention heads")
-    n_embd: int = opt(192, "D, model width")
-    n_expert: int = opt(24, "E, routed experts of the MoE-only twin (Engram drops some); 0: dense")
+    n_head: int = opt(4, "attention heads")
+    n_embd: int = opt(128, "D, model width")
+    n_expert: int = opt(8, "E, routed experts of the MoE-only twin (Engram drops some); 0: dense")
     top_k: int = opt(2, "routed experts per token")
-    expert_hidden: int = opt(96, "hidden units of a routed expert")
-    shared_hidden: int = opt(192, "hidden units of the shared expert")
+    expert_hidden: int = opt(128, "hidden units of a routed expert")
+    shared_hidden: int = opt(128, "hidden units of the shared expert")
     engram: EngramConfig | None = field(default_factory=EngramConfig)
 
     def __post_init__(self):
@@ -192,10 +192,8 @@ class GPT(nn.Module):
             balance = balance + b / len(self.blocks)
         logits = F.linear(self.norm(x), self.embed.weight)
         loss = None
-        if targets is not None:
-            # bf16 logits may stay so for the gradient, but are not good enough to report
-            scored = logits if self.training or logits.dtype == torch.float64 else logits.float()
-            loss = F.cross_entropy(scored.flatten(0, 1), targets.flatten())
+        if targets is not None:                               # autocast computes this in fp32
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss, balance
 
     # ---- accounting

@@ -14,8 +14,10 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -23,13 +25,14 @@ import torch
 import torch.nn.functional as F
 
 import engram as engram_module
-import moe as moe_module
 import prepare_data
+import sample as sample_script
 import train as train_script
 from engram import (DEMO, PAPER_27B, V41, Engram, EngramConfig, RowAdam, canonical_ids,
                     hash_multipliers, head_primes, lookup, normalise)
 from model import GPT, Cache, GPTConfig, attend, make_twins
 from moe import MoE
+from sample import load_checkpoint
 
 HERE = Path(__file__).resolve().parent
 VOCAB = 60
@@ -201,10 +204,9 @@ def test_canonical_ids():
 
 def test_canonical_map_of_gpt2():
     """The map of GPT-2's vocabulary, id by id, as the demo's multipliers presuppose it."""
-    if not prepare_data.gpt2_cached():
-        pytest.skip("GPT-2's tokenizer is not in TIKTOKEN_CACHE_DIR")
-    tok = prepare_data.make_tokenizer("gpt2") if hasattr(prepare_data, "make_tokenizer") else None
-    ids = canonical_ids(prepare_data.token_bytes(tok or {"kind": "gpt2"}))
+    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        pytest.skip("needs GPT-2's tokenizer in the folder that TIKTOKEN_CACHE_DIR names")
+    ids = canonical_ids(prepare_data.token_bytes({"kind": "gpt2"}))
     assert ids.max() + 1 == 32982 and len(ids) == 50257
     assert hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest() == \
         "648b280b8082b3868d20fef4dfd3c60f72673bafc4e5e13002744f4967b2ddae"
@@ -403,15 +405,15 @@ def test_dense_model_is_plain():
                                      dict(engram=EngramConfig(orders=(1,), conv_kernel=0))])
 def test_twins_agree(rho, changes):
     """An unfair comparison: other totals, other active parameters, a twin with less compute."""
-    shapes, _ = make_twins(GPTConfig(**changes), rho)
+    shape = dict(n_embd=192, n_head=3, n_expert=24, expert_hidden=96, shared_hidden=192)
+    shapes, _ = make_twins(GPTConfig(**shape, **changes), rho)
     models = {name: GPT(shape, np.arange(4096)) for name, shape in shapes.items()}
     a, b = (models[name].accounting() for name in ("engram", "moe"))
     assert abs(a["P_tot"] / b["P_tot"] - 1) < 0.005 and abs(a["P_act"] / b["P_act"] - 1) < 0.005
     assert a["flops_per_token"] <= b["flops_per_token"] and a["P_act"] <= b["P_act"]
     assert a["P_tot"] == sum(p.numel() for p in models["engram"].parameters()) - 4096 * 192 \
         + sum(e.table.numel() for e in models["engram"].engrams())
-    idle = 4 * (shapes["moe"].n_expert - 2) * 3 * 192 * 96
-    assert b["P_sparse"] == idle
+    assert b["P_sparse"] == 4 * (24 - 2) * 3 * 192 * 96
 
 
 def test_micro_batches_add_up():
@@ -424,3 +426,206 @@ def test_micro_batches_add_up():
         (model(x[i], x[i], [r.micro(i) for r in parts])[1] / 2).backward()
     for a, b in zip(whole, parts):
         torch.testing.assert_close(a.leaf.grad, b.leaf.grad)
+
+
+# -----------------------------------------------------------------------------
+# the scripts, as a user runs them
+
+TINY = ("--n_embd 16 --n_head 2 --block_size 32 --n_layer 2 --n_expert 4 --expert_hidden 8 "
+        "--shared_hidden 8 --engram_heads 2 --engram_width 4 --tokens_per_step 128 --batch_size 2 "
+        "--steps 12 --eval_every 4 --eval_tokens 256 --dtype float32 --rho 0.5").split()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A prepared data set "mine" of a few thousand tokens -> the flags that name it."""
+    folder = tmp_path_factory.mktemp("data")
+    words = np.random.default_rng(0).zipf(1.4, 30000).clip(max=500)
+    text = " ".join(f"w{w}" + ("." if w % 7 == 0 else "") for w in words)
+    (folder / "mine.txt").write_text("\n".join(text[i:i + 80] for i in range(0, len(text), 80)))
+    prepare_data.prepare("mine", [folder / "mine.txt"], data_dir=folder, vocab_size=400)
+    return ["--dataset", "mine", "--data_dir", str(folder)]
+
+
+def run(*argv):
+    train_script.main([str(a) for a in argv])
+
+
+def log(out, name="engram"):
+    return [json.loads(line) for line in open(Path(out) / name / "log.jsonl")]
+
+
+def refused(capsys, call, *argv):
+    """call(argv) must end in exit code 2 with one line on stderr, which is returned."""
+    with pytest.raises(SystemExit) as stopped:
+        call([str(a) for a in argv])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and "error: " in lines[-1] and "Traceback" not in "".join(lines)
+    return lines[-1]
+
+
+def same_curve(a, b):
+    return [(r["step"], r["val_loss"], r["train_loss"]) for r in a[1:]] == \
+           [(r["step"], r["val_loss"], r["train_loss"]) for r in b[1:]]
+
+
+def test_train_both_and_sample(corpus, tmp_path, capsys):
+    """The whole way: two twins, logs, checkpoints, table, picture, and text from either model."""
+    run(*corpus, *TINY, "--out_dir", tmp_path)
+    printed = capsys.readouterr().out
+    assert "engram passed the twin" in printed or "did not reach" in printed
+    (header, *records), (other, *_) = log(tmp_path), log(tmp_path, "moe")
+    assert [r["step"] for r in records] == [4, 8, 12] and header["config"]["seed"] == 0
+    assert abs(header["accounting"]["P_tot"] / other["accounting"]["P_tot"] - 1) < 0.005
+    assert records[-1]["val_loss"] < records[0]["val_loss"] < math.log(400) + 0.1
+    assert 0 < records[-1]["gate_mean"][0] < 1 and 0 < records[-1]["rows_touched"][0] <= 1
+    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    texts = []
+    for model in ("engram", "moe", "engram"):
+        sample_script.main(f"--out_dir {tmp_path} --model {model} --prompt w1 --seed 3".split())
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[2] != texts[1] and texts[0].startswith("w1")
+    sample_script.main(["--out_dir", str(tmp_path), "--table"])
+    assert capsys.readouterr().out.strip() in printed
+    argv = ["--out_dir", tmp_path, "--prompt", "w1 " * 40]
+    assert "shorten it" in refused(capsys, sample_script.main, *argv)
+
+
+def test_killed_run_resumes_exactly(corpus, tmp_path):
+    """kill -9, then --resume: another data order, fresh moments or a broken checkpoint would show
+    in the losses, which must be those of a run that was left alone."""
+    argv = [*corpus, *TINY, "--model", "engram", "--steps", "200", "--eval_every", "10"]
+    killed = subprocess.Popen([sys.executable, HERE / "train.py", *argv, "--out_dir", tmp_path / "a"],
+                              stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (tmp_path / "a" / "engram" / "ckpt.pt").exists() and time.time() < deadline:
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    done = load_checkpoint(tmp_path / "a" / "engram" / "ckpt.pt")["step"]
+    assert 10 <= done < 200, "killed too late to test anything"
+    run(*argv, "--out_dir", tmp_path / "a", "--resume")
+    run(*argv, "--out_dir", tmp_path / "b")
+    assert same_curve(log(tmp_path / "a"), log(tmp_path / "b"))
+
+
+def test_accumulation_and_evaluation_do_not_change_training(corpus, tmp_path):
+    """Evaluation that draws from the training's random numbers or leaves the model in eval mode."""
+    run(*corpus, *TINY, "--model", "engram", "--out_dir", tmp_path / "a")
+    run(*corpus, *TINY, "--model", "engram", "--eval_every", "12", "--out_dir", tmp_path / "b")
+    run(*corpus, *TINY, "--model", "engram", "--batch_size", "1", "--out_dir", tmp_path / "c")
+    ends = [log(tmp_path / x)[-1]["val_loss"] for x in "abc"]
+    assert ends[0] == ends[1] and ends[0] == pytest.approx(ends[2], abs=1e-4)
+
+
+def test_infinite_loss_stops_and_keeps_the_checkpoint(corpus, tmp_path, capsys, monkeypatch):
+    """A run that goes on training NaNs, or overwrites the last good checkpoint with them."""
+    schedule = train_script.learning_rate
+    monkeypatch.setattr(train_script, "learning_rate",
+                        lambda step, cfg: schedule(step, cfg) if step < 6 else float("inf"))
+    message = refused(capsys, train_script.main, *corpus, *TINY, "--model", "moe", "--out_dir", tmp_path)
+    assert "at step 7" in message and "last good checkpoint" in message
+    assert load_checkpoint(tmp_path / "moe" / "ckpt.pt")["step"] == 4
+
+
+def test_checkpoints_that_do_not_fit_are_refused(corpus, tmp_path, capsys):
+    """Resuming with other flags, another tokenizer, half a file or no file."""
+    argv = [*corpus, *TINY, "--model", "moe", "--out_dir", tmp_path]
+    main, path = train_script.main, tmp_path / "moe" / "ckpt.pt"
+    assert "nothing to resume" in refused(capsys, main, *argv, "--resume")
+    run(*argv)
+    assert "--resume" in refused(capsys, main, *argv)
+    assert "n_embd 16 there, 32 here" in refused(capsys, main, *argv, "--resume", "--n_embd", 32)
+    whole = path.read_bytes()
+    saved = load_checkpoint(path)
+    saved["run"]["tokenizer"] = "0" * 64
+    torch.save(saved, path)
+    assert "tokenizer '000" in refused(capsys, main, *argv, "--resume")
+    for broken in (whole[:len(whole) // 2], b"", b"not a checkpoint"):
+        path.write_bytes(broken)
+        assert "not a readable checkpoint" in refused(capsys, main, *argv, "--resume")
+    assert "no checkpoint" in refused(capsys, sample_script.main, "--out_dir", tmp_path / "none")
+    assert "no log" in refused(capsys, sample_script.main, "--table", "--out_dir", tmp_path / "none")
+
+
+@pytest.mark.parametrize("argv, part", [
+    ("--no_such_flag 1", "unrecognized arguments"), ("--steps many", "invalid int"),
+    ("--steps 0", "steps 0"), ("--lr nan", "lr nan"), ("--model gpt", "invalid choice"),
+    ("--n_head 3", "multiple of 2 * n_head"), ("--batch_size 3", "not a multiple"),
+    ("--engram_blocks 7", "blocks 0 to 1"), ("--engram_orders 3 2", "increasing"),
+    ("--rho 1", "below 1"), ("--rho 0.9", "leaves no row"), ("--top_k 9", "at most n_expert"),
+    ("--device cuda:77", ""), ("--dataset nothing", "not prepared"), ("--block_size 100000 "
+     "--tokens_per_step 200000", "too few"), ("--n_expert 0", "--model dense")])
+def test_usual_mistakes(corpus, tmp_path, capsys, argv, part):
+    """A traceback, or a run that ignores what was asked."""
+    given = [*corpus, *TINY, "--out_dir", tmp_path / "out", *argv.split()]
+    assert part in refused(capsys, train_script.main, *given)
+
+
+def test_truncated_and_foreign_data_are_refused(corpus, tmp_path, capsys):
+    """Training on half a file, or on another vocabulary's ids."""
+    folder = tmp_path / "mine"
+    shutil.copytree(Path(corpus[-1]) / "mine", folder)
+    argv = ["--dataset", "mine", "--data_dir", tmp_path, *TINY, "--out_dir", tmp_path / "out"]
+    whole = (folder / "train.bin").read_bytes()
+    for bad, part in ((whole[:-2], "bytes"), (whole[:-2] + b"\0\0", "sha256")):
+        (folder / "train.bin").write_bytes(bad)
+        assert part in refused(capsys, train_script.main, *argv)
+
+
+def test_no_network_falls_back_and_says_so(monkeypatch, tmp_path, capsys):
+    """A GPU user behind a firewall: python is used only if nothing else was asked for."""
+    prepared = []
+
+    def prepare(name, data_dir):
+        prepared.append(name)
+        if name != "python":
+            raise prepare_data.Offline("the hub does not answer")
+
+    monkeypatch.setattr(train_script, "prepare", prepare)
+    cfg = train_script.Config(device="cuda", data_dir=str(tmp_path))
+    name, note = train_script.find_data(cfg)
+    assert name == "python" and prepared == ["tinystories", "python"]
+    assert note and note in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        train_script.find_data(replace(cfg, dataset="openwebtext"))
+
+
+def test_copyable_tokens(corpus):
+    """The loss that shows in-context copying, on the wrong tokens."""
+    cfg, shape = train_script.parse([*corpus, *TINY])
+    data = train_script.Data(cfg, shape)
+    data.mark_copyable(2)
+    x, y = data.val_x.tolist(), data.val_y.tolist()
+    tx, ty = (t.flatten().tolist() for t in data.sequences(data.train, data.order[:2] * data.T))
+    trained = set(zip(tx, ty))
+    slow = [[(a, b) not in trained and (a, b) in list(zip(xs, ys))[:t]
+             for t, (a, b) in enumerate(zip(xs, ys))] for xs, ys in zip(x, y)]
+    assert data.copyable.tolist() == slow and data.copyable.any()
+
+
+def test_crossing():
+    """A share of the tokens that is off by an evaluation."""
+    records = [{"tokens": t, "seconds": t / 10, "val_loss": v} for t, v in ((10, 5), (20, 3), (30, 2))]
+    assert sample_script.crossing(records, 4) == (15, 1.5)
+    assert sample_script.crossing(records, 6) == (10, 1) and not sample_script.crossing(records, 1)
+
+
+def test_exit_code_of_the_command(tmp_path):
+    """Errors that are clear in-process and a traceback, or exit code 1, from the shell."""
+    for script in ("train.py", "sample.py"):
+        argv = ["--out_dir", tmp_path / "x"] + (["--dataset", "nothing"] if script == "train.py" else [])
+        done = subprocess.run([sys.executable, HERE / script, *argv], cwd=tmp_path, text=True,
+                              capture_output=True)
+        assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
+
+
+def test_readme_has_the_two_commands():
+    """The one-line main job and the one-line tests, as continuous integration runs them."""
+    readme = (HERE / "README.md").read_text()
+    assert "pip install -r requirements.txt && python train.py" in readme
+    assert "pip install -r requirements.txt && python -m pytest" in readme
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))
