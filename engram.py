@@ -104,10 +104,11 @@ class Engram(nn.Module):
         buffer("offsets", offsets[:-1].reshape(len(cfg.orders), cfg.heads))
         # A buffer, not a parameter: no dense gradient of R rows ever exists, see read().
         self.register_buffer("table", torch.empty(offsets[-1], cfg.width))
-        self.key = nn.Linear(cfg.d_mem, n_embd, bias=cfg.bias)
         self.value = nn.Linear(cfg.d_mem, n_embd, bias=cfg.bias)
-        self.norm_key = nn.RMSNorm(n_embd)
-        self.norm_query = nn.RMSNorm(n_embd)
+        if cfg.gate != "off":
+            self.key = nn.Linear(cfg.d_mem, n_embd, bias=cfg.bias)
+            self.norm_key = nn.RMSNorm(n_embd)
+            self.norm_query = nn.RMSNorm(n_embd)
         if cfg.conv_kernel:
             self.norm_conv = nn.RMSNorm(n_embd, eps=1e-5)
             self.conv = nn.Parameter(torch.empty(cfg.conv_kernel, n_embd))
@@ -121,7 +122,7 @@ class Engram(nn.Module):
         does not matter. The convolution starts at zero, as in the paper. 0.02 is also about one
         step of the table's Adam, so a row read once in training is mostly what it learned."""
         self.table.normal_(std=0.02)
-        for linear in (self.key, self.value):
+        for linear in (m for m in self.children() if isinstance(m, nn.Linear)):
             linear.weight.normal_(std=0.02)
             if linear.bias is not None:
                 linear.bias.zero_()
@@ -169,12 +170,12 @@ class Engram(nn.Module):
         if history is None:
             history = x.new_full((x.size(0), N - 1), self.pad)
         x = torch.cat([history, x], dim=1)                                        # [B, N-1+T]
-        mix, rows, open_ = 0, [], True
+        mix, rows, joined = 0, [], True
         for k in range(N):                                                        # x[t-k]
             past = x[:, N - 1 - k:N - 1 - k + T]
             if cfg.stop_at_eot and k > 0:
-                open_ = open_ & (past != self.pad)     # pad is end of text's id: what is older ...
-                past = torch.where(open_, past, self.pad)                         # ... reads as pad
+                joined = joined & (past != self.pad)   # pad is end of text's id: what is older ...
+                past = torch.where(joined, past, self.pad)                        # ... reads as pad
             mix = mix ^ (past * self.multipliers[k])
             if k + 1 in cfg.orders:
                 i = cfg.orders.index(k + 1)

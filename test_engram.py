@@ -509,6 +509,15 @@ def test_killed_run_resumes_exactly(corpus, tmp_path):
     assert same_curve(log(tmp_path / "a"), log(tmp_path / "b"))
 
 
+@pytest.mark.parametrize("flags", ["--engram_gate off --engram_conv_kernel 0", "--engram_orders 1",
+                                   "--engram_stop_at_eot --no-engram_bias --engram_gate plain",
+                                   "--no-engram_compress --engram_blocks 0 1 --n_expert 6",
+                                   "--model dense", "--balance_loss 0.01 --compile"])
+def test_variants_train(corpus, tmp_path, flags):
+    """A variant with a parameter that no gradient reaches, or that a twin cannot pay for."""
+    run(*corpus, *TINY, "--steps", 4, "--rho", "0.3", "--out_dir", tmp_path, *flags.split())
+
+
 def test_accumulation_and_evaluation_do_not_change_training(corpus, tmp_path):
     """Evaluation that draws from the training's random numbers or leaves the model in eval mode."""
     run(*corpus, *TINY, "--model", "engram", "--out_dir", tmp_path / "a")
@@ -523,7 +532,8 @@ def test_infinite_loss_stops_and_keeps_the_checkpoint(corpus, tmp_path, capsys, 
     schedule = train_script.learning_rate
     monkeypatch.setattr(train_script, "learning_rate",
                         lambda step, cfg: schedule(step, cfg) if step < 6 else float("inf"))
-    message = refused(capsys, train_script.main, *corpus, *TINY, "--model", "moe", "--out_dir", tmp_path)
+    argv = [*corpus, *TINY, "--model", "moe", "--out_dir", tmp_path]
+    message = refused(capsys, train_script.main, *argv)
     assert "at step 7" in message and "last good checkpoint" in message
     assert load_checkpoint(tmp_path / "moe" / "ckpt.pt")["step"] == 4
 

@@ -211,8 +211,8 @@ class Data:
 # evaluation: touches no training RNG
 
 def evaluate(model, tables, data, cfg, autocast):
-    """-> losses, and whether the memory is alive, per memory layer: mean and spread of the gate,
-    |what it adds| / |h|, share of the table's rows that training has touched."""
+    """-> losses and, per memory layer, signs that it is alive: mean and spread of the gate, |what
+    it adds| / |h|, share of the table's rows that training has touched."""
     seen = {engram: [] for engram in model.engrams()}
 
     def look(engram, args, out):
@@ -280,7 +280,8 @@ def start(path, run, shape, cfg, data):
     saved, device = None, torch.device(cfg.device)
     if path.exists():
         saved = load_checkpoint(path, device)
-        differ = [f"{k} {v!r} there, {run[k]!r} here" for k, v in saved["run"].items() if v != run[k]]
+        differ = [f"{k} {v!r} there, {run.get(k)!r} here" for k, v in saved["run"].items()
+                  if v != run.get(k)]
         if differ:
             fail(f"{path} is of another run: {'; '.join(differ)}")
     torch.manual_seed(cfg.seed)
