@@ -75,8 +75,7 @@ V41 = dict(blocks=(1, 14), orders=(2, 3, 4), heads=8, rows=16_000_000, width=256
            stop_at_eot=True, bias=False)
 
 
-# -----------------------------------------------------------------------------
-# the module
+# ---- the module ---------------------------------------------------------------------------------
 
 class Read(NamedTuple):
     """What one layer reads in one step: the unique rows once, and who wants which."""
@@ -226,8 +225,7 @@ class RowAdam:
                 state[name].index_copy_(0, rows, value)
 
 
-# -----------------------------------------------------------------------------
-# canonical ids, multipliers, primes: fixed numbers, made once
+# ---- canonical ids, multipliers, primes: fixed numbers, made once -------------------------------
 
 def normalise(text):
     """What two tokens must share to count as one (the paper's tokenizer compression)."""

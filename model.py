@@ -229,8 +229,7 @@ class GPT(nn.Module):
                 "bytes_read_per_token": values * 4}
 
 
-# -----------------------------------------------------------------------------
-# twins
+# ---- twins --------------------------------------------------------------------------------------
 
 def make_twins(cfg, rho):
     """cfg: the common shape, n_expert being the MoE-only twin's -> ({"engram": GPTConfig, "moe":

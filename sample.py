@@ -77,8 +77,7 @@ def token_losses(model, x, y, batch_size, autocast):
     return torch.cat(losses)
 
 
-# -----------------------------------------------------------------------------
-# the twins, from their logs alone
+# ---- the twins, from their logs alone -----------------------------------------------------------
 
 def read_logs(out_dir):
     """-> {model: (header, records)} of the runs in out_dir that have a record."""

@@ -72,8 +72,7 @@ GPU = dict(n_layer=8, n_head=8, n_embd=512, block_size=512, n_expert=32, expert_
            eval_tokens=524288)
 
 
-# -----------------------------------------------------------------------------
-# flags
+# ---- flags --------------------------------------------------------------------------------------
 
 def parse(argv):
     """-> Config, GPTConfig (with its EngramConfig). Later wins: defaults, preset, flags given."""
@@ -137,8 +136,7 @@ def faster_dtype(device):
     return "bfloat16" if seconds[torch.float32] > 1.2 * seconds[torch.bfloat16] else "float32"
 
 
-# -----------------------------------------------------------------------------
-# data
+# ---- data ---------------------------------------------------------------------------------------
 
 def find_data(cfg):
     """-> name of the data set, prepared if need be; what was done otherwise than asked, or None."""
@@ -207,8 +205,7 @@ class Data:
                 "val_bpb": losses.sum().item() / math.log(2) / self.bytes[self.val_y].sum().item()}
 
 
-# -----------------------------------------------------------------------------
-# evaluation: touches no training RNG
+# ---- evaluation: touches no training RNG --------------------------------------------------------
 
 def evaluate(model, tables, data, cfg, autocast):
     """-> losses and, per memory layer, signs that it is alive: mean and spread of the gate, |what
@@ -231,8 +228,7 @@ def evaluate(model, tables, data, cfg, autocast):
     return record
 
 
-# -----------------------------------------------------------------------------
-# one model
+# ---- one model ----------------------------------------------------------------------------------
 
 def optimisers(model, cfg):
     """AdamW for the backbone, row-wise Adam for the tables. One group per reason."""
