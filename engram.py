@@ -35,7 +35,7 @@ def opt(default, help, choices=None):
 class EngramConfig:
     blocks: tuple = opt((1,), "blocks that get a memory, counted from 0")
     orders: tuple = opt((2, 3), "n-gram orders; 1 is the current token alone, a control")
-    heads: int = opt(4, "K, hash heads per order: a collision in one is rarely one in all")
+    heads: int = opt(4, "K, hash heads per order: two n-grams rarely collide in all")
     rows: tuple = ()                # per head, one number or one per order; no flag: rho decides
     width: int = opt(16, "d, width of one row")
     conv_kernel: int = opt(4, "taps of the short convolution; 0 leaves it out")
@@ -93,6 +93,8 @@ class Engram(nn.Module):
     def __init__(self, cfg, block, n_embd, n_canonical, pad):
         """cfg: EngramConfig with rows. n_canonical: V'. pad: the canonical id before the text."""
         super().__init__()
+        if not cfg.rows:
+            raise ValueError("engram rows are not set: give them, or use make_twins(cfg, rho)")
         self.cfg, self.pad = cfg, pad
         primes = head_primes(cfg)[block]                                          # [orders][K]
         offsets = np.cumsum([0] + [p for heads in primes for p in heads])         # one flat table
@@ -115,11 +117,11 @@ class Engram(nn.Module):
 
     @torch.no_grad()
     def reset(self):
-        """Start almost silent but alive: |value| ~ 0.02 * 0.02 * sqrt(d_mem) is far below |h|, yet
+        """Start quiet but alive: a value, ~ 0.02 * 0.02 * sqrt(d_mem), is about a tenth of h, yet
         no factor is zero, so the first backward reaches table, keys, values and gate. (Were table
         and W_V both zero, each would wait for the other for ever.) Keys are normalised: their scale
-        does not matter. The convolution starts at zero, as in the paper. 0.02 is also about one
-        step of the table's Adam, so a row read once in training is mostly what it learned."""
+        does not matter. The convolution starts at zero, as in the paper. 0.02 is also one step of
+        the table's Adam at train.py's rates: a row read once is mostly what it learned."""
         self.table.normal_(std=0.02)
         for linear in (m for m in self.children() if isinstance(m, nn.Linear)):
             linear.weight.normal_(std=0.02)
@@ -163,7 +165,7 @@ class Engram(nn.Module):
 
     def hash(self, x, history=None):
         """x [B, T] canonical ids, history [B, N-1] those before them (None: start of text)
-        -> row numbers [B, T, M] in the flat table. All heads of a layer share one mix and
+        -> row numbers [B, T, M] in the flat table. All heads of an order share one mix and
         differ by their prime alone. int64 throughout: with ids below V' no product overflows."""
         cfg, N, T = self.cfg, self.cfg.orders[-1], x.size(1)
         if history is None:
@@ -215,7 +217,8 @@ class RowAdam:
     def step(self, reads, lr):
         """reads: one Read per table, each leaf with its gradient."""
         b1, b2 = self.betas
-        for table, state, (rows, leaf, _) in zip(self.tables, self.state, reads):
+        for table, state, (rows, leaf, _) in zip(
+                self.tables, self.state, reads, strict=True):
             t = state["visits"].index_select(0, rows) + 1
             m = state["exp_avg"].index_select(0, rows).lerp_(leaf.grad, 1 - b1)
             v = state["exp_avg_sq"].index_select(0, rows).lerp_(leaf.grad.square(), 1 - b2)
@@ -259,8 +262,8 @@ def hash_multipliers(cfg, block, n_canonical):
 
 def head_primes(cfg):
     """-> {block: [[prime per head] per order]}. Every head of every order and layer has a prime of
-    its own, the next free one from rows on, so two n-grams that collide in one head part in
-    the others."""
+    its own, the next free one from rows on, so two n-grams that collide in one head rarely meet
+    in another."""
     taken, primes = set(), {}
     for block in cfg.blocks:
         primes[block] = []

@@ -7,7 +7,7 @@ routed ones of which each token takes its top k. Dropless, causal, balanced with
 The idea: parameters grow with E, compute with k. What a token gets depends on that token alone: no
 capacity limit (a token's output would hang on its neighbours), balance by a bias between steps.
 
-Letters: S = B * T tokens, D width, E routed experts, k chosen per token, H hidden units per expert.
+Letters: S = B * T tokens, D width, E routed experts, k of them per token.
 """
 import torch
 import torch.nn as nn
@@ -40,43 +40,45 @@ class MoE(nn.Module):
             self.register_buffer("bias", torch.zeros(n_expert))        # for selection only
             self.register_buffer("load", torch.zeros(n_expert), persistent=False)
 
-    def forward(self, x, grouped=None):
+    def forward(self, x):
         """x [B, T, D] -> ([B, T, D], balance loss, a scalar). Without experts: the shared one."""
         if not self.n_expert:
             return self.shared(x), x.new_zeros(())
         flat = x.reshape(-1, x.size(-1))                               # [S, D]
-        chosen, weight, balance = self.route(flat)
+        chosen, weight, counts, balance = self.route(flat)
         if self.training:
-            self.load += torch.bincount(chosen.flatten(), minlength=self.n_expert)
-        routed = self.experts(flat, chosen, weight, grouped)
+            self.load += counts
+        routed = self.experts(flat, chosen, weight, counts)
         return self.shared(x) + routed.view_as(x), balance
 
     def route(self, x):
         """x [S, D] -> chosen experts [S, k], their weights [S, k] (sigmoids in full precision, made
-        to sum to 1), DeepSeek-V3's balance loss: E * sum of share of choices * mean affinity."""
+        to sum to 1), how often each was chosen [E], and a balance loss as DeepSeek-V3's, here over
+        the whole micro-batch: E * sum of share of choices * mean affinity."""
         with torch.autocast(x.device.type, enabled=False):
             affinity = torch.sigmoid(F.linear(x, self.router.weight))            # [S, E]
         chosen = (affinity + self.bias).topk(self.top_k, dim=-1).indices
         weight = affinity.gather(-1, chosen)
         weight = weight / weight.sum(-1, keepdim=True)
-        share = torch.bincount(chosen.flatten(), minlength=self.n_expert) / chosen.numel()
+        flat = chosen.flatten()        # not bincount: on a GPU that waits for the device
+        counts = flat.new_zeros(self.n_expert).scatter_add_(0, flat, torch.ones_like(flat))
         mean = (affinity / affinity.sum(-1, keepdim=True)).mean(0)
-        return chosen, weight, self.n_expert * (share.to(mean) * mean).sum()
+        return chosen, weight, counts, self.n_expert * (counts / len(flat) * mean).sum()
 
-    def experts(self, x, chosen, weight, grouped=None):
+    def experts(self, x, chosen, weight, counts, grouped=None):
         """The routed sum, [S, D]. Sort the S * k (token, expert) pairs by expert, so that each
         expert multiplies one contiguous slice; then take the results back in token order."""
         dtype = torch.get_autocast_dtype(x.device.type) \
             if torch.is_autocast_enabled(x.device.type) else x.dtype
-        if grouped is None:      # on a GPU: no host sync; on a CPU the slices are as fast or faster
-            grouped = x.is_cuda and dtype == torch.bfloat16
+        if grouped is None:      # slices need their lengths on the host; on a CPU they are faster
+            grouped = x.is_cuda and dtype == torch.bfloat16 \
+                and all(n % 8 == 0 for n in self.w_out.shape[1:])      # strides of 16 bytes
         pairs = torch.arange(chosen.numel(), device=x.device)
         expert, order = chosen.flatten().sort(stable=True)             # [S * k]
-        counts = size = torch.bincount(expert, minlength=self.n_expert)
-        total = len(pairs)
+        size, total = counts, len(pairs)
         if not x.is_cuda and dtype == torch.bfloat16:
             # oneDNN compiles a kernel for every new shape, and slices have new lengths each step:
-            # rounded up to 64 rows there are few shapes, and a step takes half the time
+            # rounded up to 64 rows there are few shapes, and a step takes 0.6 of the time
             size = (counts + 63) // 64 * 64
             total = int(size.sum())
         shift = (size - counts).cumsum(0) - (size - counts)            # padding before expert e
@@ -93,10 +95,10 @@ class MoE(nn.Module):
         """Loss-free balancing (arXiv 2408.15664): after each optimiser step, an expert that got
         less than its share since the last call becomes easier to choose, by a fixed step.
         -> how uneven the step was: load of the busiest expert over the mean."""
-        uneven = self.load.max() / self.load.mean()
-        self.bias += step * torch.sign(self.load.mean() - self.load)
+        mean, most = self.load.mean(), self.load.max()
+        self.bias += step * torch.sign(mean - self.load)
         self.load.zero_()
-        return uneven
+        return most / mean
 
 
 def expert_matmul(x, w, size, grouped):

@@ -336,6 +336,8 @@ def download(dataset, name, path, size=None, sha256=None):
                         have += f.write(chunk)
                         bar.update(len(chunk))
         except (OSError, HTTPException, ValueError) as e:  # ValueError: no https:// in HF_ENDPOINT
+            if getattr(e, "code", None) == 416 and size is None and start:
+                break  # nothing lies behind what an earlier run fetched: it is whole
             why = e
         if part.stat().st_size <= start:  # as long as each connection brings something we go on
             raise Offline(f"{url} could not be fetched ({why}); check the network and {part}, then "

@@ -114,9 +114,14 @@ def compare(out_dir):
     lines = [""] + [f"{row[0]:30s}" + "".join(f"{c:>12s}" for c in row[1:])
                     for row in zip(titles, *columns)]
     if "engram" in runs and "moe" in runs:
-        a, b = runs["engram"][1], runs["moe"][1]
-        if a[-1]["tokens"] != b[-1]["tokens"]:
-            return lines + ["the runs have not seen the same number of tokens: no comparison"]
+        (ha, a), (hb, b) = runs["engram"], runs["moe"]
+        free = dict.fromkeys("resume model out_dir data_dir dataset preset".split())
+        same = lambda h, r: {**h["config"], **free, "data": h["data"]["train"],
+                             "tokens": r[-1]["tokens"]}
+        x, y = same(ha, a), same(hb, b)
+        if x != y:
+            return lines + ["these are no twins: they differ in "
+                            + ", ".join(f"{k} ({x[k]}, {y[k]})" for k in x if x[k] != y[k])]
         gap, at = a[-1]["val_loss"] - b[-1]["val_loss"], crossing(a, b[-1]["val_loss"])
         lines.append(f"difference {gap:+.4f} nats per token (engram - moe; one pair of seeds)")
         lines.append("engram did not reach the twin's final loss" if at is None else

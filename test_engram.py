@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 import hashlib
 import http.server
+import inspect
 import json
 import math
 import os
@@ -27,6 +28,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import engram as engram_module
 import prepare_data
@@ -34,7 +36,7 @@ import sample as sample_script
 import train as train_script
 from engram import (DEMO, PAPER_27B, V41, Engram, EngramConfig, RowAdam, canonical_ids,
                     hash_multipliers, head_primes, lookup, normalise)
-from model import GPT, Cache, GPTConfig, attend, make_twins
+from model import GPT, Block, Cache, GPTConfig, attend, make_twins
 from moe import MoE
 from sample import load_checkpoint
 
@@ -261,7 +263,7 @@ def test_row_adam_is_adam_on_the_visits_of_each_row():
 def test_first_backward_reaches_everything():
     """Table and projection both zero: neither ever learns, and the loss looks as usual."""
     module = Engram(tiny_engram(), 0, 16, n_canonical=30, pad=29)
-    h = torch.randn(2, 10, 16, requires_grad=True)
+    h = (0.02 * torch.randn(2, 10, 16)).requires_grad_()       # as the embedding starts
     read = module.read(module.hash(torch.randint(0, 30, (2, 10))))
     out = module(h, read)
     (out * torch.randn_like(out)).sum().backward()
@@ -270,7 +272,7 @@ def test_first_backward_reaches_everything():
     assert grads.pop("norm_conv.weight").abs().max() == 0      # waits one step for the zero taps
     for name, grad in grads.items():
         assert grad is not None and grad.abs().max() > 0, name
-    assert out.norm() < 0.2 * h.norm()
+    assert out.norm() < 0.3 * h.norm()
 
 
 def test_short_conv_is_a_grouped_convolution():
@@ -329,16 +331,23 @@ def test_moe_is_the_weighted_sum_over_experts(top_k):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
-def test_moe_grouped_matmul_is_the_slices():
-    """The GPU's path, run here on the CPU in bf16, where some expert gets no token."""
+def test_moe_padded_and_grouped_paths():
+    """A CPU's bf16 slices are padded, a GPU's are grouped: a result shifted to another expert, a
+    gradient that reaches padding, an expert with no token."""
     moe, x = tiny_moe(torch.float32), torch.randn(2, 7, 16)
     moe.bias[3] = -9
-    with torch.autocast("cpu", torch.bfloat16):
-        a, b = moe(x, grouped=True)[0], moe(x, grouped=False)[0]
-        grads = [torch.autograd.grad(y.float().sum(), [moe.w_in, moe.w_out]) for y in (a, b)]
-    torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
-    for g, h in zip(*grads):
-        torch.testing.assert_close(g, h, rtol=5e-2, atol=5e-2)
+    weights, flat = [moe.w_in, moe.w_out, moe.router.weight], x.view(-1, 16)
+    slow = slow_moe(moe, x) - moe.shared(x)
+    grads = torch.autograd.grad((slow * x).sum(), weights)
+    for dtype, grouped, near in ((torch.float32, True, 1e-5), (torch.bfloat16, False, 0.1),
+                                 (torch.bfloat16, True, 0.1)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            chosen, weight, counts, _ = moe.route(flat)
+            fast = moe.experts(flat, chosen, weight, counts, grouped).view_as(x)
+        assert counts[3] == 0
+        torch.testing.assert_close(fast.float(), slow, rtol=near, atol=near)
+        for a, b in zip(torch.autograd.grad((fast * x).sum(), weights), grads):
+            torch.testing.assert_close(a, b, rtol=near, atol=near * b.abs().max().item())
 
 
 def test_moe_is_causal_and_independent_of_the_batch():
@@ -408,6 +417,7 @@ def test_dense_model_is_plain():
     kinds = model.parameters_by_kind()
     assert all(kinds[k] == 0 for k in kinds if "engram" in k or "rout" in k)
     acc = model.accounting()
+    assert sum(kinds.values()) == sum(p.numel() for p in model.parameters())
     assert acc["P_tot"] == acc["P_act"] and acc["P_sparse"] == 0
 
 
@@ -425,6 +435,20 @@ def test_twins_agree(rho, changes):
     assert a["P_tot"] == sum(p.numel() for p in models["engram"].parameters()) - 4096 * 192 \
         + sum(e.table.numel() for e in models["engram"].engrams())
     assert b["P_sparse"] == 4 * (24 - 2) * 3 * 192 * 96
+
+
+@pytest.mark.parametrize("name", ["engram", "moe"])
+def test_flops_per_token(name):
+    """A FLOP count that misses a matmul, or counts a table that is not multiplied."""
+    shape = make_twins(GPTConfig(), 0.75)[0][name]
+    model, T = GPT(shape, np.arange(4096)).eval(), 64
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, T, dtype=torch.long))
+    attention = 4 * shape.n_layer * shape.n_embd
+    matmuls = model.accounting()["flops_per_token"] - attention * shape.block_size
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items()
+                  if "attention" not in str(op)) / T
+    assert matmuls == pytest.approx(counted, rel=0.002)
 
 
 def test_micro_batches_add_up():
@@ -793,6 +817,7 @@ def test_killed_run_resumes_exactly(corpus, tmp_path):
     run(*argv, "--out_dir", tmp_path / "a", "--resume")
     run(*argv, "--out_dir", tmp_path / "b")
     assert same_curve(log(tmp_path / "a"), log(tmp_path / "b"))
+    assert len(log(tmp_path / "a")[0]["resumed"]) == 1
 
 
 @pytest.mark.parametrize("flags", ["--engram_gate off --engram_conv_kernel 0", "--engram_orders 1",
@@ -802,6 +827,15 @@ def test_killed_run_resumes_exactly(corpus, tmp_path):
 def test_variants_train(corpus, tmp_path, flags):
     """A variant with a parameter that no gradient reaches, or that a twin cannot pay for."""
     run(*corpus, *TINY, "--steps", 4, "--rho", "0.3", "--out_dir", tmp_path, *flags.split())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
+def test_train_on_a_gpu(corpus, tmp_path):
+    """A tensor left on the CPU, a state that resumes on the wrong device."""
+    argv = [*corpus, *TINY, "--preset", "laptop", "--device", "cuda", "--dtype", "bfloat16"]
+    run(*argv, "--out_dir", tmp_path)
+    run(*argv, "--out_dir", tmp_path, "--resume")
+    assert log(tmp_path)[-1]["val_loss"] < math.log(400)
 
 
 def test_accumulation_and_evaluation_do_not_change_training(corpus, tmp_path):
@@ -923,6 +957,7 @@ def test_readme_has_the_two_commands():
     readme = (HERE / "README.md").read_text()
     assert "pip install -r requirements.txt && python train.py" in readme
     assert "pip install -r requirements.txt && python -m pytest" in readme
+    assert inspect.getsource(Block.forward) in readme
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ Train a transformer with Engram and its MoE-only twin of equal parameters and co
     python train.py --model engram --steps 2000 --rho 0.5 --out_dir out2
     python train.py --resume                 # the same command again, after a crash or Ctrl-C
 
-The idea: the two differ in one thing, whether a share of the sparse parameters sits in routed
-experts or in a table that is looked up. Same data in the same order, same steps, same total and
-active parameters, so the difference of the two curves is what the memory is worth.
+The idea: a share of the sparse parameters sits in routed experts or in a table that is looked up;
+the MoE-only twin's shared expert is widened until active parameters agree too. Same data, order
+and steps: the gap between the two curves is the memory's, up to the noise of seeds.
 """
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -36,7 +36,7 @@ from sample import complete, compare, load_checkpoint, plot, token_losses
 @dataclass
 class Config:
     """Flags, with GPTConfig's and EngramConfig's. Defaults stand here once: the laptop preset's."""
-    model: str = opt("both", "both twins, or one: engram, moe, or dense (equal active FLOPs)",
+    model: str = opt("both", "both twins, or one: engram, moe, or dense (as wide as is active)",
                      ("both", "engram", "moe", "dense"))
     preset: str = opt("auto", "auto: gpu where there is CUDA", ("auto", "laptop", "gpu"))
     dataset: str = opt("auto", "python, tinystories, openwebtext or a name of your own; auto: "
@@ -95,11 +95,10 @@ def parse(argv):
     take = lambda owner, prefix="": owner(**{f.name: values[prefix + f.name] for f in fields(owner)
                                              if prefix + f.name in values})
     try:
+        values["engram"] = take(EngramConfig, "engram_")
         cfg, shape = take(Config), take(GPTConfig)
-        shape.engram = take(EngramConfig, "engram_")
-        shape.__post_init__()
         check(cfg, shape)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (ValueError, RuntimeError, AssertionError) as error:       # torch's own for the device
         fail(str(error).splitlines()[0])
     return cfg, shape
@@ -205,7 +204,7 @@ class Data:
                 "val_bpb": losses.sum().item() / math.log(2) / self.bytes[self.val_y].sum().item()}
 
 
-# ---- evaluation: touches no training RNG --------------------------------------------------------
+# ---- evaluation: the same tokens every time -----------------------------------------------------
 
 def evaluate(model, tables, data, cfg, autocast):
     """-> losses and, per memory layer, signs that it is alive: mean and spread of the gate, |what
@@ -266,8 +265,14 @@ def describe(name, model, cfg, data):
             "shape": asdict(model.cfg), "accounting": model.accounting(),
             "parameters_by_kind": model.parameters_by_kind(), "data": {**known, "note": data.note},
             "copyable_tokens": int(data.copyable.sum()), "commit": subprocess.getoutput(git),
-            "python": platform.python_version(), "torch": torch.__version__,
+            "python": platform.python_version(), "torch": str(torch.__version__),
             "device": device_name(cfg.device), "threads": torch.get_num_threads()}
+
+
+def check_finite(loss, step, path):
+    if not math.isfinite(loss):
+        kept = f"{path} is the last good checkpoint" if path.exists() else "no checkpoint yet"
+        fail(f"the loss is {loss} at step {step}; {kept}; try a lower --lr")
 
 
 def start(path, run, shape, cfg, data):
@@ -283,13 +288,16 @@ def start(path, run, shape, cfg, data):
     torch.manual_seed(cfg.seed)
     model = GPT(shape, saved["model"]["canonical"].cpu() if saved else data.canonical).to(device)
     backbone, tables = optimisers(model, cfg)
+    header = describe(path.parent.name, model, cfg, data)
     if not saved:
-        return model, backbone, tables, {"step": 0, "seconds": 0.0, "records": []}
+        return model, backbone, tables, 0, 0.0, [], header
     model.load_state_dict(saved["model"])
     backbone.load_state_dict(saved["backbone"])
     tables.state = saved["tables"]
     torch.set_rng_state(saved["rng"].cpu())
-    return model, backbone, tables, {k: saved[k] for k in ("step", "seconds", "records")}
+    saved["header"].setdefault("resumed", []).append(
+        {k: header[k] for k in ("command", "commit", "torch", "device", "threads")})
+    return model, backbone, tables, *(saved[k] for k in ("step", "seconds", "records", "header"))
 
 
 def train(name, shape, cfg, data):
@@ -299,15 +307,7 @@ def train(name, shape, cfg, data):
     path, free = out / "ckpt.pt", "resume model preset out_dir data_dir dataset device".split()
     run = {**{k: v for k, v in asdict(cfg).items() if k not in free}, **asdict(shape),
            "tokenizer": data.meta["tokenizer"]["sha256"], "data": data.meta["train"]["sha256"]}
-    model, backbone, tables, state = start(path, run, shape, cfg, data)
-    step, seconds, records = state.values()
-    header = describe(name, model, cfg, data)
-
-    def check_finite(loss):
-        if not math.isfinite(loss):
-            kept = f"{path} is the last good checkpoint" if path.exists() else "no checkpoint yet"
-            fail(f"{name}: the loss is {loss} at step {step}; {kept}; try a lower --lr")
-
+    model, backbone, tables, step, seconds, records, header = start(path, run, shape, cfg, data)
     forward = torch.compile(model) if cfg.compile else model
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
     sequences = cfg.tokens_per_step // shape.block_size
@@ -315,7 +315,7 @@ def train(name, shape, cfg, data):
     moes = [block.moe for block in model.blocks if shape.n_expert]
     bar = tqdm(total=cfg.steps, initial=step, desc=f"{name:6s}", unit="step", dynamic_ncols=True)
     while step < cfg.steps:
-        train_loss, load_, began, first = 0.0, 0.0, time.perf_counter(), step
+        train_loss, uneven, began, first = 0.0, 0.0, time.perf_counter(), step
         while step == first or step % cfg.eval_every and step < cfg.steps:
 
             # ---- forward and backward
@@ -327,7 +327,7 @@ def train(name, shape, cfg, data):
                     _, nats, balance = forward(x[part], y[part], [r.micro(part) for r in reads])
                 ((nats + cfg.balance_loss * balance) / len(micro)).backward()
                 loss += nats.item() / len(micro)
-            check_finite(loss)
+            check_finite(loss, step, path)
 
             # ---- update
             missing = [n for n, p in model.named_parameters() if p.grad is None]
@@ -340,27 +340,29 @@ def train(name, shape, cfg, data):
             backbone.step()
             tables.step(reads, lr * cfg.table_lr)
             backbone.zero_grad()
-            load_ += sum(moe.move_bias(cfg.balance_step) for moe in moes) / max(1, len(moes))
+            uneven += sum(moe.move_bias(cfg.balance_step) for moe in moes) / max(1, len(moes))
             step, train_loss = step + 1, train_loss + loss
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             bar.update()
 
         # ---- evaluate, save, log
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         spent, steps = time.perf_counter() - began, step - first
         seconds += spent                    # of training alone
         records.append({"step": step, "tokens": step * cfg.tokens_per_step, "seconds": seconds,
                         "tokens_per_s": steps * cfg.tokens_per_step / spent, "lr": lr,
-                        "train_loss": train_loss / steps, "load_max": float(load_) / steps,
+                        "train_loss": train_loss / steps, "load_max": float(uneven) / steps,
                         **evaluate(model, tables, data, cfg, autocast)})
-        check_finite(records[-1]["val_loss"])
+        check_finite(records[-1]["val_loss"], step, path)
+        # the log first: a checkpoint is never ahead of it
+        write_whole(out / "log.jsonl", lambda f: f.writelines(
+            (json.dumps(record) + "\n").encode() for record in [header, *records]))
         write_whole(path, lambda f: torch.save({
             "model": model.state_dict(), "backbone": backbone.state_dict(), "tables": tables.state,
             "rng": torch.get_rng_state(), "step": step, "seconds": seconds, "records": records,
-            "shape": asdict(shape), "run": run, "tokenizer": data.meta["tokenizer"]}, f))
-        write_whole(out / "log.jsonl", lambda f: f.writelines(
-            (json.dumps(record) + "\n").encode() for record in [header, *records]))
+            "tokenizer": data.meta["tokenizer"], "shape": asdict(shape), "run": run,
+            "header": header}, f))
     bar.close()
     return model
 
@@ -385,8 +387,9 @@ def main(argv=None):
             (out / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"out_dir {out}: {error.strerror}; give another --out_dir")
-    if cfg.dtype == "auto":
-        cfg.dtype = faster_dtype(cfg.device)
+    if cfg.dtype == "auto":     # timed once a run: a resumed one goes on as it began
+        cfg.dtype = faster_dtype(cfg.device) if not there else \
+            load_checkpoint(out / there[0] / "ckpt.pt")["run"]["dtype"]
     data = Data(cfg, shape)
     shape.vocab_size = data.meta["vocab_size"]
     sequences = cfg.tokens_per_step // shape.block_size
@@ -395,15 +398,13 @@ def main(argv=None):
               f"{len(data.train):,} tokens of {data.name}: on repeated data tables overfit")
         cfg.steps = len(data.order) // sequences
     data.mark_copyable(cfg.steps * sequences)
-    lines = []
-    if cfg.model == "dense":     # as many active FLOPs as the experts of a token have together
-        hidden = shape.shared_hidden + (shape.top_k * shape.expert_hidden if shape.n_expert else 0)
-        shapes = {"dense": replace(shape, n_expert=0, shared_hidden=hidden, engram=None)}
-    else:
-        try:
-            shapes, lines = make_twins(shape, cfg.rho)
-        except ValueError as error:
-            fail(error)
+    try:
+        shapes, lines = make_twins(shape, cfg.rho)
+    except ValueError as error:
+        fail(error)
+    moe = shapes["moe"]          # dense: as wide as the experts of a token are together
+    hidden = moe.shared_hidden + moe.top_k * moe.expert_hidden
+    shapes["dense"] = replace(moe, n_expert=0, shared_hidden=hidden)
     print(*lines, f"{data.name}: {cfg.steps} steps x {cfg.tokens_per_step} tokens, {cfg.dtype} on "
           f"{device_name(cfg.device)}", sep="\n", flush=True)
     for name in names:
@@ -418,6 +419,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("\nstopped; the last checkpoint is kept: the same command with --resume goes on",
-              file=sys.stderr)
+        print("\nstopped; from a checkpoint, if there is one, --resume goes on", file=sys.stderr)
         sys.exit(130)
