@@ -159,7 +159,7 @@ def encoding(tok):
         enc = tiktoken.Encoding("bpe", pat_str=tok["pattern"], mergeable_ranks=ranks,
                                 special_tokens={EOT: len(ranks)})
     if "sha256" in tok and tok["sha256"] != hash_of(enc):
-        fail(f"the tokenizer's sha256 is {hash_of(enc)}, not {tok['sha256']}: prepare anew")
+        raise ValueError(f"the tokenizer's sha256 is {hash_of(enc)}, not {tok['sha256']}")
     return enc
 
 
@@ -247,8 +247,10 @@ def read_text(path, chunk=CHUNK, whole=True):
             try:
                 text = raw.decode()
             except UnicodeDecodeError as e:
-                fail(f"{path} is not UTF-8: byte 0x{raw[e.start]:02x} at offset "
-                     f"{f.tell() - len(raw) + e.start:,}; convert it first")
+                if whole or e.reason != "unexpected end of data":
+                    fail(f"{path} is not UTF-8: byte 0x{raw[e.start]:02x} at offset "
+                         f"{f.tell() - len(raw) + e.start:,}; convert it first")
+                text = raw[:e.start].decode()  # the cap cut a character
             if len(held) >= chunk:
                 yield held, False
                 held = ""
@@ -412,8 +414,12 @@ def check(folder):
             if size != of["size"] or size < 1e9 and sha256_of(folder / name) != of["sha256"]:
                 raise ValueError(f"{name}: {size:,} bytes, or another sha256, where meta.json says "
                                  f"{of['size']:,} bytes, sha256 {of['sha256']}")
+        if meta["tokenizer"]["kind"] == "bpe":  # gpt2's may need the network: not for a check
+            last = encoding(meta["tokenizer"]).n_vocab - 1
+            if (meta["vocab_size"], meta["eot"]) != (last + 1, last):
+                raise ValueError(f"its tokenizer has {last + 1} ids, the last one for {EOT}")
         return meta
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
         raise ValueError(f"{folder} is not prepared, or is damaged ({e})")
 
 

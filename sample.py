@@ -20,14 +20,17 @@ from model import GPT, Cache, GPTConfig
 from prepare_data import Offline, encoding, fail
 
 
-def load_checkpoint(path, device="cpu"):
+def load_checkpoint(path):
     """-> what train.py saved at path: weights, shape, tokenizer and the state of training."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved["model"], saved["shape"], saved["run"], saved["header"]          # all there?
+        return saved
     except FileNotFoundError:
         fail(f"no checkpoint at {path}; train first: python train.py")
     except Exception as error:      # torch and pickle raise many kinds for a truncated file
-        fail(f"{path} is not a readable checkpoint ({type(error).__name__}); restore or delete it")
+        fail(f"{path} is not a readable checkpoint ({type(error).__name__}: {str(error):.80}); "
+             "restore it, or begin anew in another --out_dir")
 
 
 @torch.no_grad()
@@ -37,7 +40,7 @@ def generate(model, idx, max_new_tokens, temperature=0.8, top_k=50, generator=No
     cache = Cache(model.cfg)
     for _ in range(min(max_new_tokens, model.cfg.block_size - idx.size(1))):
         logits = model(idx, cache=cache)[0][:, -1].float()
-        if temperature == 0:
+        if temperature < 1e-3:
             idx = logits.argmax(-1, keepdim=True)
         else:
             least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
@@ -71,8 +74,9 @@ def token_losses(model, x, y, batch_size, autocast):
     device, losses = model.embed.weight.device, []
     for x, y in zip(x.split(batch_size), y.split(batch_size)):
         with autocast:
-            logits = model(x.to(device))[0].float().transpose(1, 2)
-        losses.append(F.cross_entropy(logits, y.to(device), reduction="none").cpu())
+            logits = model(x.to(device))[0].float().flatten(0, 1)
+        nats = F.cross_entropy(logits, y.to(device).flatten(), reduction="none")
+        losses.append(nats.view(y.shape).cpu())
     model.train()
     return torch.cat(losses)
 
@@ -84,7 +88,10 @@ def read_logs(out_dir):
     runs = {}
     for name in ("engram", "moe", "dense"):
         path = Path(out_dir) / name / "log.jsonl"
-        lines = [json.loads(line) for line in open(path)] if path.exists() else []
+        try:
+            lines = [json.loads(line) for line in open(path)] if path.exists() else []
+        except (OSError, ValueError) as error:
+            fail(f"{path} is not a readable log ({error}); --resume of its run writes it anew")
         if len(lines) > 1:
             runs[name] = lines[0], lines[1:]
     if not runs:
@@ -161,14 +168,16 @@ def main(argv=None):
     if args.table:
         plot(args.out_dir)
         return print(*compare(args.out_dir), sep="\n")
-    if args.max_new_tokens < 1 or args.top_k < 1 or args.temperature < 0 or args.seed < 0:
-        fail("max_new_tokens and top_k must be 1 or more, temperature and seed 0 or more")
+    for name, low, high in (("max_new_tokens", 1, 1e9), ("top_k", 1, 1e9), ("temperature", 0, 100),
+                            ("seed", 0, 2 ** 63 - 1)):
+        if not low <= getattr(args, name) <= high:
+            fail(f"{name} {getattr(args, name)}: must be from {low} to {high:g}")
     saved = load_checkpoint(Path(args.out_dir) / args.model / "ckpt.pt")
     model = GPT(GPTConfig(**saved["shape"]), saved["model"]["canonical"])
     model.load_state_dict(saved["model"])
     try:
         enc = encoding(saved["tokenizer"])
-    except Offline as error:
+    except (Offline, ValueError) as error:
         fail(error)
     print(args.prompt, end="")
     for text in complete(model, enc, args.prompt, args.seed, max_new_tokens=args.max_new_tokens,

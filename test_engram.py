@@ -548,8 +548,10 @@ def test_read_text(tmp_path):
     for chunk in (1, 100, 1000, 1 << 20):
         got = "".join(t + eot * ends for t, ends in prepare_data.read_text(tmp_path / "t", chunk))
         assert got == f"\n{eot}".join(docs) + eot
-    assert [t for t, _ in prepare_data.read_text(tmp_path / "t", whole=False)] == \
-        [doc + "\n" for doc in docs[:2]]
+    begun = [doc + "\n" for doc in docs[:2]]
+    assert [t for t, _ in prepare_data.read_text(tmp_path / "t", whole=False)] == begun
+    (tmp_path / "t").write_bytes((tmp_path / "t").read_bytes() + "\u20ac".encode()[:2])
+    assert [t for t, _ in prepare_data.read_text(tmp_path / "t", whole=False)] == begun
 
 
 def test_python_corpus(tmp_path, capsys):
@@ -611,7 +613,9 @@ def test_a_killed_run_leaves_nothing_that_loads(prepared, monkeypatch, capsys):
 
 @pytest.mark.parametrize("file, change, message", [
     ("train.bin", lambda b: b[:-2], "meta.json says"), ("val.bin", lambda b: b[::-1], "sha256"),
-    ("meta.json", lambda b: b[:99], "damaged"), ("meta.json", lambda b: b"[]", "damaged")])
+    ("meta.json", lambda b: b[:99], "damaged"), ("meta.json", lambda b: b"[]", "damaged"),
+    ("meta.json", lambda b: b.replace(b'"eot": ', b'"eot": 1'), "damaged"),
+    ("meta.json", lambda b: b.replace(b'"pattern": "', b'"pattern": "x'), "tokenizer's sha256")])
 def test_load_refuses(prepared, capsys, file, change, message):
     """Training on a truncated file (SIGBUS), on another's ids, or a traceback from json."""
     path = prepared[1] / "mine" / file
@@ -858,6 +862,15 @@ def test_infinite_loss_stops_and_keeps_the_checkpoint(corpus, tmp_path, capsys, 
     assert load_checkpoint(tmp_path / "moe" / "ckpt.pt")["step"] == 4
 
 
+def test_a_full_disk_keeps_the_last_checkpoint(corpus, tmp_path, capsys):
+    """A traceback, or half a checkpoint in place of the last whole one."""
+    argv = [*corpus, *TINY, "--model", "moe", "--out_dir", tmp_path]
+    (tmp_path / "moe").mkdir()
+    (tmp_path / "moe" / "ckpt.pt.part").symlink_to("/dev/full")
+    assert "could not be written" in refused(capsys, train_script.main, *argv)
+    assert not (tmp_path / "moe" / "ckpt.pt").exists()
+
+
 def test_checkpoints_that_do_not_fit_are_refused(corpus, tmp_path, capsys):
     """Resuming with other flags, another tokenizer, half a file or no file."""
     argv = [*corpus, *TINY, "--model", "moe", "--out_dir", tmp_path]
@@ -871,7 +884,9 @@ def test_checkpoints_that_do_not_fit_are_refused(corpus, tmp_path, capsys):
     saved["run"]["tokenizer"] = "0" * 64
     torch.save(saved, path)
     assert "tokenizer '000" in refused(capsys, main, *argv, "--resume")
-    for broken in (whole[:len(whole) // 2], b"", b"not a checkpoint"):
+    torch.save({}, tmp_path / "empty")
+    empty = (tmp_path / "empty").read_bytes()
+    for broken in (whole[:len(whole) // 2], b"", b"not a checkpoint", empty):
         path.write_bytes(broken)
         assert "not a readable checkpoint" in refused(capsys, main, *argv, "--resume")
     argv = ["--out_dir", tmp_path / "none"]
@@ -885,7 +900,8 @@ def test_checkpoints_that_do_not_fit_are_refused(corpus, tmp_path, capsys):
     ("--n_head 3", "multiple of 2 * n_head"), ("--batch_size 3", "not a multiple"),
     ("--engram_blocks 7", "blocks 0 to 1"), ("--engram_orders 3 2", "increasing"),
     ("--rho 1", "below 1"), ("--rho 0.9", "leaves no row"), ("--top_k 9", "at most n_expert"),
-    ("--device cuda:77", ""), ("--dataset nothing", "not prepared"), ("--block_size 100000 "
+    ("--device cuda:77", "try cpu"), ("--device meta", "try cpu"), ("--block_size 1", "too small"),
+    ("--dataset nothing", "not prepared"), ("--block_size 100000 "
      "--tokens_per_step 200000", "too few"), ("--n_expert 0", "--model dense")])
 def test_usual_mistakes(corpus, tmp_path, capsys, argv, part):
     """A traceback, or a run that ignores what was asked."""
@@ -918,7 +934,7 @@ def test_no_network_falls_back_and_says_so(monkeypatch, tmp_path, capsys):
     name, note = train_script.find_data(cfg)
     assert name == "python" and prepared == ["tinystories", "python"]
     assert note and note in capsys.readouterr().out
-    with pytest.raises(SystemExit):
+    with pytest.raises(prepare_data.Offline):
         train_script.find_data(replace(cfg, dataset="openwebtext"))
 
 

@@ -60,7 +60,7 @@ class Config:
     balance_step: float = opt(0.01, "step of the experts' selection bias")
     balance_loss: float = opt(0.0, "weight of the balance loss; never in the reported loss")
     rho: float = opt(0.75, "share of the sparse budget that stays with experts")
-    eval_every: int = opt(100, "steps between evaluations, each followed by a checkpoint")
+    eval_every: int = opt(150, "steps between evaluations, each followed by a checkpoint")
     eval_tokens: int = opt(65536, "validation tokens, always the same")
     resume: bool = opt(False, "go on from the checkpoints in out_dir")
 
@@ -89,6 +89,10 @@ def parse(argv):
     device, preset = given.get("device", "auto"), given.get("preset", "auto")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        fail(f"device {device!r} is not usable here ({str(error).splitlines()[0]}); try cpu")
     if preset == "auto":
         preset = "gpu" if device.startswith("cuda") else "laptop"
     values = {**(GPU if preset == "gpu" else {}), **given, "device": device, "preset": preset}
@@ -98,9 +102,8 @@ def parse(argv):
         values["engram"] = take(EngramConfig, "engram_")
         cfg, shape = take(Config), take(GPTConfig)
         check(cfg, shape)
-        torch.zeros(1, device=device).item()
-    except (ValueError, RuntimeError, AssertionError) as error:       # torch's own for the device
-        fail(str(error).splitlines()[0])
+    except ValueError as error:
+        fail(error)
     return cfg, shape
 
 
@@ -147,7 +150,7 @@ def find_data(cfg):
             prepare(name, data_dir=cfg.data_dir)
         except Offline as error:
             if cfg.dataset != "auto":
-                fail(error)
+                raise
             note, name = f"{name}: {error}; using python instead", "python"
             print(note)
             prepare(name, data_dir=cfg.data_dir)
@@ -250,11 +253,14 @@ def learning_rate(step, cfg):
 def write_whole(path, write):
     """write(file) into a neighbour, flushed to disk and renamed: never half a file at path."""
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:             # RuntimeError: torch's for a full disk
+        fail(f"{path} could not be written ({error}); what was there before is kept")
 
 
 def describe(name, model, cfg, data):
@@ -280,21 +286,21 @@ def start(path, run, shape, cfg, data):
     path has them, which is refused unless it is of this run."""
     saved, device = None, torch.device(cfg.device)
     if path.exists():
-        saved = load_checkpoint(path, device)
+        saved = load_checkpoint(path)
         differ = [f"{k} {v!r} there, {run.get(k)!r} here" for k, v in saved["run"].items()
                   if v != run.get(k)]
         if differ:
             fail(f"{path} is of another run: {'; '.join(differ)}")
     torch.manual_seed(cfg.seed)
-    model = GPT(shape, saved["model"]["canonical"].cpu() if saved else data.canonical).to(device)
+    model = GPT(shape, saved["model"]["canonical"] if saved else data.canonical).to(device)
     backbone, tables = optimisers(model, cfg)
     header = describe(path.parent.name, model, cfg, data)
     if not saved:
         return model, backbone, tables, 0, 0.0, [], header
     model.load_state_dict(saved["model"])
     backbone.load_state_dict(saved["backbone"])
-    tables.state = saved["tables"]
-    torch.set_rng_state(saved["rng"].cpu())
+    tables.state = [{k: v.to(device) for k, v in state.items()} for state in saved["tables"]]
+    torch.set_rng_state(saved["rng"])
     saved["header"].setdefault("resumed", []).append(
         {k: header[k] for k in ("command", "commit", "torch", "device", "threads")})
     return model, backbone, tables, *(saved[k] for k in ("step", "seconds", "records", "header"))
@@ -306,7 +312,8 @@ def train(name, shape, cfg, data):
     out, device = Path(cfg.out_dir) / name, torch.device(cfg.device)
     path, free = out / "ckpt.pt", "resume model preset out_dir data_dir dataset device".split()
     run = {**{k: v for k, v in asdict(cfg).items() if k not in free}, **asdict(shape),
-           "tokenizer": data.meta["tokenizer"]["sha256"], "data": data.meta["train"]["sha256"]}
+           "tokenizer": data.meta["tokenizer"]["sha256"],
+           **{split: data.meta[split]["sha256"] for split in ("train", "val")}}
     model, backbone, tables, step, seconds, records, header = start(path, run, shape, cfg, data)
     forward = torch.compile(model) if cfg.compile else model
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
@@ -377,31 +384,31 @@ def main(argv=None):
     cfg, shape = parse(argv)
     out = Path(cfg.out_dir)
     names = ("engram", "moe") if cfg.model == "both" else (cfg.model,)
-    there = [name for name in names if (out / name / "ckpt.pt").exists()]
-    if there and not cfg.resume:
-        fail(f"{out / there[0]}/ckpt.pt exists: --resume goes on, another --out_dir begins anew")
-    if cfg.resume and not there:
-        fail(f"nothing to resume: no {out / names[0] / 'ckpt.pt'}; leave out --resume")
     try:
+        there = [name for name in names if (out / name / "ckpt.pt").exists()]
         for name in names:
             (out / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"out_dir {out}: {error.strerror}; give another --out_dir")
+    if there and not cfg.resume:
+        fail(f"{out / there[0]}/ckpt.pt exists: --resume goes on, another --out_dir begins anew")
+    if cfg.resume and not there:
+        fail(f"nothing to resume: no {out / names[0] / 'ckpt.pt'}; leave out --resume")
     if cfg.dtype == "auto":     # timed once a run: a resumed one goes on as it began
         cfg.dtype = faster_dtype(cfg.device) if not there else \
             load_checkpoint(out / there[0] / "ckpt.pt")["run"]["dtype"]
-    data = Data(cfg, shape)
-    shape.vocab_size = data.meta["vocab_size"]
+    try:
+        data = Data(cfg, shape)
+        shape.vocab_size = data.meta["vocab_size"]
+        shapes, lines = make_twins(shape, cfg.rho)
+    except (Offline, ValueError) as error:
+        fail(error)
     sequences = cfg.tokens_per_step // shape.block_size
     if cfg.steps > len(data.order) // sequences:
         print(f"steps {cfg.steps} capped at {len(data.order) // sequences}, one pass over the "
               f"{len(data.train):,} tokens of {data.name}: on repeated data tables overfit")
         cfg.steps = len(data.order) // sequences
     data.mark_copyable(cfg.steps * sequences)
-    try:
-        shapes, lines = make_twins(shape, cfg.rho)
-    except ValueError as error:
-        fail(error)
     moe = shapes["moe"]          # dense: as wide as the experts of a token are together
     hidden = moe.shared_hidden + moe.top_k * moe.expert_hidden
     shapes["dense"] = replace(moe, n_expert=0, shared_hidden=hidden)
