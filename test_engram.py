@@ -514,7 +514,7 @@ def test_bpe_is_the_naive_one_and_tiktoken_runs_it():
         assert [of_id[i] for i in enc.encode_ordinary(raw.decode())] == word
     for text in ["\x00\ud7ff\U0001f600 e\u0301\r\n\t", prepare_data.EOT, *map(chr, range(1, 3000))]:
         assert enc.decode_bytes(enc.encode_ordinary(text)) == text.encode()
-    with pytest.raises(ValueError, match="sha256"):  # two tokens swapped: every text would decode to another
+    with pytest.raises(ValueError, match="sha256"):  # two tokens swapped: all text would change
         prepare_data.encoding(dict(tok, tokens=tok["tokens"][1::-1] + tok["tokens"][2:]))
 
 
