@@ -938,6 +938,15 @@ def test_no_network_falls_back_and_says_so(monkeypatch, tmp_path, capsys):
         train_script.find_data(replace(cfg, dataset="openwebtext"))
 
 
+def test_steps_are_capped_at_one_pass(corpus, tmp_path, capsys):
+    """A table trained on the same text twice, without a word."""
+    argv = [*corpus, *TINY, "--steps", 9999, "--batch_size", 100, "--tokens_per_step", 3200]
+    run(*argv, "--model", "moe", "--out_dir", tmp_path)
+    steps = len(prepare_data.load("mine", corpus[-1])[1]) // 32 // 100
+    assert f"steps 9999 capped at {steps}" in capsys.readouterr().out
+    assert log(tmp_path, "moe")[-1]["step"] == steps
+
+
 def test_copyable_tokens(corpus):
     """The loss that shows in-context copying, on the wrong tokens."""
     cfg, shape = train_script.parse([*corpus, *TINY])

@@ -46,7 +46,7 @@ class Config:
     device: str = opt("auto", "cpu, cuda, cuda:1, ...")
     dtype: str = opt("auto", "bfloat16: by autocast; auto: the faster, timed at the start",
                      ("auto", "float32", "bfloat16"))
-    compile: bool = opt(False, "torch.compile; about 25 s per model, so not for short runs")
+    compile: bool = opt(False, "torch.compile; compiling comes first, so not for short runs")
     seed: int = opt(0, "of the initial weights and the data order")
     steps: int = opt(1200, "optimiser steps, capped at one pass over the data")
     tokens_per_step: int = opt(2048, "tokens per optimiser step")
