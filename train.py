@@ -17,6 +17,7 @@ import json
 import math
 import os
 import platform
+import resource
 import shlex
 import subprocess
 import sys
@@ -360,6 +361,7 @@ def train(name, shape, cfg, data):
         records.append({"step": step, "tokens": step * cfg.tokens_per_step, "seconds": seconds,
                         "tokens_per_s": steps * cfg.tokens_per_step / spent, "lr": lr,
                         "train_loss": train_loss / steps, "load_max": float(uneven) / steps,
+                        "peak_bytes": peak_bytes(device),
                         **evaluate(model, tables, data, cfg, autocast)})
         check_finite(records[-1]["val_loss"], step, path)
         # the log first: a checkpoint is never ahead of it
@@ -372,6 +374,14 @@ def train(name, shape, cfg, data):
             "header": header}, f))
     bar.close()
     return model
+
+
+def peak_bytes(device):
+    """Most memory held so far: on the GPU by its tensors, on a CPU by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def device_name(device):
