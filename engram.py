@@ -58,8 +58,8 @@ class EngramConfig:
             raise ValueError(f"engram rows {self.rows}: give one positive number per order, "
                              f"{len(self.orders)} here, or one for all")
         for name, least in (("heads", 1), ("width", 1), ("conv_kernel", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"engram {name} {getattr(self, name)}: must be {least} or more")
+            if not least <= getattr(self, name) <= 10_000:
+                raise ValueError(f"engram {name} {getattr(self, name)}: must be {least} to 10,000")
 
     @property
     def d_mem(self):

@@ -40,8 +40,9 @@ class GPTConfig:
         if isinstance(self.engram, dict):                 # from a checkpoint
             self.engram = EngramConfig(**self.engram)
         for name, value in vars(self).items():
-            if name != "engram" and value < {"n_expert": 0, "block_size": 2}.get(name, 1):
-                raise ValueError(f"{name} {value}: too small")
+            least, most = {"n_expert": 0, "block_size": 2}.get(name, 1), 2 ** 20 >> 10 * (name == "n_layer")
+            if name != "engram" and not least <= value <= most:
+                raise ValueError(f"{name} {value}: must be from {least} to {most:,}")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd {self.n_embd} must be a multiple of 2 * n_head = "
                              f"{2 * self.n_head}: rotary embedding turns pairs within a head")
@@ -236,7 +237,8 @@ def make_twins(cfg, rho):
     buys rows with what that frees. Reading costs too, keys and values are projected: the MoE-only
     twin gets a wider shared expert for that, rounded up, so it never has less compute."""
     if not cfg.engram or not cfg.n_expert:
-        raise ValueError("twins need a memory and experts (--model dense has neither)")
+        raise ValueError(f"n_expert {cfg.n_expert}: twins need experts and a memory; --model dense, "
+                         "too, is made from the twins' shape")
     if not 0 <= rho < 1:
         raise ValueError(f"rho {rho}: must be from 0 (all memory) to below 1 (no memory)")
     L, D, k = cfg.n_layer, cfg.n_embd, cfg.top_k

@@ -73,6 +73,11 @@ class MoE(nn.Module):
         if grouped is None:      # slices need their lengths on the host; on a CPU they are faster
             grouped = x.is_cuda and dtype == torch.bfloat16 \
                 and all(n % 8 == 0 for n in self.w_out.shape[1:])      # strides of 16 bytes
+        if chosen.numel() <= self.n_expert:     # decoding: rather fetch weights than sort tokens
+            h, e = x.to(dtype).repeat_interleave(self.top_k, 0)[:, None], chosen.flatten()
+            gate, up = (h @ self.w_in[e].to(dtype)).chunk(2, dim=-1)
+            h = ((F.silu(gate) * up) @ self.w_out[e].to(dtype)).view(*chosen.shape, -1)
+            return (h * weight.to(dtype)[..., None]).sum(1)
         pairs = torch.arange(chosen.numel(), device=x.device)
         expert, order = chosen.flatten().sort(stable=True)             # [S * k]
         size, total = counts, len(pairs)

@@ -11,6 +11,7 @@ so that all of it is never in memory.
 """
 import argparse
 import base64
+import fcntl
 import hashlib
 import heapq
 import importlib.util
@@ -23,6 +24,7 @@ import sysconfig
 import time
 import urllib.request
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 from functools import cache
 from http.client import HTTPException
 from itertools import islice
@@ -58,8 +60,51 @@ class Offline(Exception):
 
 def fail(message):
     """One line on stderr, exit code 2: the way every user's mistake ends."""
-    print(f"error: {message}", file=sys.stderr)
+    line = "\n" if sys.stderr.isatty() else ""  # there a progress bar may be in the way
+    print(f"{line}error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def script(main):
+    """main() as a command: Ctrl-C, an output that takes no more and too little memory end in one
+    line too."""
+    try:
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        raise SystemExit(130)
+    except OSError as e:
+        if e.filename:  # a file's, not the output's: nobody foresaw it
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at the very end
+        fail(f"the output could not be written: {e.strerror}")
+    except (MemoryError, RuntimeError) as e:  # torch has kinds of its own
+        if "memory" not in f"{type(e).__name__} {e}".lower():
+            raise
+        fail(f"not enough memory ({' '.join(str(e).split()):.150}); take a smaller shape or batch")
+
+
+@contextmanager
+def lock(*folders):
+    """Make the folders; one process at a time writes into each. The system lets go of them when
+    the process ends, however it ends."""
+    handles = []
+    try:
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            handles.append(os.open(folder, os.O_RDONLY))
+            fcntl.flock(handles[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another process is writing to {folder}: let it end, or name another folder")
+    except OSError as e:
+        fail(f"{folder} cannot be made or written to ({e.strerror}): name another folder")
+    try:
+        yield
+    finally:
+        for handle in handles:
+            os.close(handle)
 
 
 # ---- tokenizer: our own trainer, tiktoken's encoder ---------------------------------------------
@@ -459,18 +504,20 @@ def prepare(name, files=(), data_dir="data", max_mb=None, vocab_size=4096, token
         stamps = [[str(f), os.path.getsize(f), os.path.getmtime(f)] for f in files]
         args = dict(name=name, files=stamps, max_mb=max_mb, vocab_size=vocab_size,
                     tokenizer=tokenizer, shards=shards, python=sys.version.split()[0])
-        return build(Path(data_dir) / name, args, files)
+        with lock(folder := Path(data_dir) / name):
+            done = build(folder, args, files)
     except OSError as e:
         fail(f"{e.filename or data_dir}: {e.strerror or e}; what was prepared before is untouched")
+    print(f"{folder}: {done}")
+    return folder
 
 
 def build(folder, args, files):
-    """Write all three files as .tmp and rename them when whole, meta.json last: it vouches for the
-    other two. `args` is all that the result depends on: with the same, nothing is to do."""
+    """-> what was done, in words. Write all three files as .tmp and rename them when whole, meta.json
+    last: it vouches for the other two. With the same `args` nothing is to do."""
     try:
         if check(folder)["args"] == args:
-            print(f"{folder}: prepared with these arguments before; to do it anew delete it")
-            return folder
+            return "prepared with these arguments before; to do it anew delete it"
     except (ValueError, KeyError):
         pass  # not there, or damaged
     start, downloads, hosted = time.time(), folder.parent / "downloads", {}
@@ -486,7 +533,6 @@ def build(folder, args, files):
     texts = sample(pieces()) if args["tokenizer"] == "bpe" else ()
     tok = make_tokenizer(args["tokenizer"], texts, args["vocab_size"])
     enc, trained = encoding(tok), time.time()
-    folder.mkdir(parents=True, exist_ok=True)
     final = [folder / name for name in ("train.bin", "val.bin", "meta.json")]
     *bins, account = tmp = [Path(f"{path}.tmp") for path in final]
     (train, val), corpus = write_bins(pieces(), enc, bins)
@@ -498,10 +544,9 @@ def build(folder, args, files):
     for path, name in zip(tmp, final):
         path.replace(name)
     n = train["tokens"] + val["tokens"]
-    print(f"{folder}: {n:,} tokens, {val['tokens']:,} of them to validate; {seen:.1%} of those' "
-          f"13-grams stand in train; {(train['bytes'] + val['bytes']) / n:.2f} bytes per token; "
-          f"tokenizer {trained - start:.1f} s, all {time.time() - start:.1f} s")
-    return folder
+    return (f"{n:,} tokens, {val['tokens']:,} of them to validate; {seen:.1%} of those' 13-grams "
+            f"stand in train; {(train['bytes'] + val['bytes']) / n:.2f} bytes per token; tokenizer "
+            f"{trained - start:.1f} s, all {time.time() - start:.1f} s")
 
 
 def main(argv=None):
@@ -525,4 +570,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

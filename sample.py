@@ -1,99 +1,283 @@
 """
-Look at what train.py made: text from a model, and the twins side by side.
+Look at what train.py made: text, what the memory does to it, and the twins side by side.
 
-    python sample.py --prompt "def main("        # the Engram model of out/
-    python sample.py --model moe --seed 1
-    python sample.py --table                     # the table and loss.png again, from the logs
+    python sample.py --prompt "def main("                  # the Engram model of out/
+    python sample.py --prompt "def main(" --memory         # shaded by the nats the memory saved
+    python sample.py --prompt "import os" --max_new_tokens 0 --gates --png gates.png
+    python sample.py --table                               # table and loss.png again, from the logs
 
 The idea: cached decoding. Each token is computed once; keys, values, the last n-gram and the
 convolution's tail are carried on (model.Cache).
 """
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 import argparse
 import codecs
 import json
+import math
+import os
+import sys
+import time
+import zipfile
 
 import torch
 import torch.nn.functional as F
 
+from engram import lookup
 from model import GPT, Cache, GPTConfig
-from prepare_data import Offline, encoding, fail
+from prepare_data import Offline, encoding, fail, script
 
 
 def load_checkpoint(path):
-    """-> what train.py saved at path: weights, shape, tokenizer and the state of training."""
+    """-> what train.py saved at path, and the model with its weights, on the CPU."""
     try:
+        if damaged := zipfile.ZipFile(path).testzip():
+            raise ValueError(f"{damaged} has another checksum")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        saved["model"], saved["shape"], saved["run"], saved["header"]          # all there?
-        return saved
+        model = GPT(GPTConfig(**saved["shape"]), saved["model"]["canonical"])
+        model.load_state_dict(saved["model"])
+        saved["run"], saved["header"], saved["records"][-1], saved["tokenizer"]   # all there?
+        return saved, model
     except FileNotFoundError:
-        fail(f"no checkpoint at {path}; train first: python train.py")
-    except Exception as error:      # torch and pickle raise many kinds for a truncated file
-        fail(f"{path} is not a readable checkpoint ({type(error).__name__}: {str(error):.80}); "
-             "restore it, or begin anew in another --out_dir")
+        there = [p.parent.name for p in sorted(path.parent.parent.glob("*/ckpt.pt"))]
+        fail(f"no checkpoint at {path}; " + (f"there is one of: {', '.join(there)} (--model)"
+                                             if there else "train first: python train.py"))
+    except Exception as error:      # torch, pickle and zipfile raise many kinds for a damaged file
+        fail(f"{path} is not a readable checkpoint of train.py ({type(error).__name__}: "
+             f"{' '.join(str(error).split()):.150}); restore it, or train anew in another --out_dir")
 
 
-@torch.no_grad()
-def generate(model, idx, max_new_tokens, temperature=0.8, top_k=50, generator=None):
+# ---- text ---------------------------------------------------------------------------------------
+
+@torch.inference_mode()
+def generate(model, idx, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, generator=None,
+             memory=True):
     """Continue idx [1, T], up to the end of the context; yields each token id as soon as it is
-    known. temperature 0 takes the likeliest."""
+    known. temperature 0 takes the likeliest; top_p keeps the likeliest that together have it."""
     cache = Cache(model.cfg)
     for _ in range(min(max_new_tokens, model.cfg.block_size - idx.size(1))):
-        logits = model(idx, cache=cache)[0][:, -1].float()
+        logits = model(idx, reads=None if memory else [], cache=cache)[0][:, -1].float()
         if temperature < 1e-3:
             idx = logits.argmax(-1, keepdim=True)
         else:
-            least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-            probs = (logits.masked_fill(logits < least, -torch.inf) / temperature).softmax(-1)
-            idx = torch.multinomial(probs, 1, generator=generator)
+            logits, ids = logits.topk(min(top_k, logits.size(-1)))               # sorted
+            probs = (logits / temperature).softmax(-1)
+            probs[probs.cumsum(-1) - probs >= top_p] = 0                         # the first stays
+            idx = ids.gather(-1, torch.multinomial(probs, 1, generator=generator))
         yield idx.item()
 
 
 def complete(model, enc, prompt="", seed=0, **how):
-    """Yield text that continues prompt, or begins a document; stops at an end of text. Bytes that
-    are not yet whole characters wait for the rest of theirs."""
+    """Yield (token, text) that continue prompt, or begin a document; an end of text is the last.
+    Bytes that are not yet a whole character wait for the rest of it."""
     model.eval()
     device = model.embed.weight.device
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    ids = [enc.eot_token] + enc.encode_ordinary(prompt)
-    if len(ids) >= model.cfg.block_size:
-        fail(f"the prompt has {len(ids)} tokens with the end of text before it, the context "
-             f"{model.cfg.block_size}: shorten it")
+    idx = torch.tensor([[enc.eot_token] + enc.encode_ordinary(prompt)], device=device)
     generator = torch.Generator(device).manual_seed(seed)
-    for token in generate(model, torch.tensor([ids], device=device), generator=generator, **how):
+    for token in generate(model, idx, generator=generator, **how):
         if token == enc.eot_token:
-            break
-        yield decoder.decode(enc.decode_single_token_bytes(token))
-    yield decoder.decode(b"", final=True)
+            yield token, ""
+            return
+        yield token, decoder.decode(enc.decode_single_token_bytes(token))
 
+
+# ---- what the memory does -----------------------------------------------------------------------
 
 @torch.no_grad()
-def token_losses(model, x, y, batch_size, autocast):
-    """-> nats for each token [n, T], in fp32, on the CPU."""
+def token_losses(model, x, y, batch_size, autocast, memory=True):
+    """-> nats for each token [n, T], in fp32, on the CPU; with the memory or without."""
     model.eval()
     device, losses = model.embed.weight.device, []
     for x, y in zip(x.split(batch_size), y.split(batch_size)):
         with autocast:
-            logits = model(x.to(device))[0].float().flatten(0, 1)
+            logits = model(x.to(device), reads=None if memory else [])[0].float().flatten(0, 1)
         nats = F.cross_entropy(logits, y.to(device).flatten(), reduction="none")
         losses.append(nats.view(y.shape).cpu())
     model.train()
     return torch.cat(losses)
 
 
+@contextmanager
+def watch(model):
+    """-> per memory layer a list that grows with each forward pass by (alpha [B, T], |what the
+    memory adds| / |h|)."""
+    seen, hooks = [], []
+    for engram in model.engrams():
+        def look(engram, args, out, log=[]):
+            h, read = args[:2]
+            log.append((engram.gate(h, lookup(read)).float().squeeze(-1), out.norm() / h.norm()))
+        seen.append(look.__defaults__[0])
+        hooks.append(engram.register_forward_hook(look))
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def spans_of(enc, ids, values):
+    """-> [(text of a token, its value)]. A token that is a part of a character shows its bytes."""
+    return [(enc.decode_single_token_bytes(i).decode("utf-8", "backslashreplace"), float(v))
+            for i, v in zip(ids, values)]
+
+
+def tint(level):
+    """level -1 to 1 -> (r, g, b): white at 0, blue for more, orange (lighter in grey) for less."""
+    end = (80, 150, 255) if level > 0 else (255, 190, 110)
+    return tuple(round(255 + (e - 255) * min(1, abs(level))) for e in end)
+
+
+def shaded(spans, low, high, colour):
+    """-> one string: tokens on a background by (value - low) / (high - low), or, where there are
+    no colours, followed by their values."""
+    out = []
+    for text, value in spans:
+        head, line, tail = text.rpartition("\n")
+        head = head.replace("\n", "↵\n") + "↵" * len(line)
+        if colour:
+            on = "\x1b[38;2;0;0;0;48;2;{};{};{}m".format(*tint((value - low) / (high - low)))
+            out.append(f"{on}{head}\x1b[0m{line}{on}{tail}\x1b[0m")
+        else:
+            out.append(f"{head}[{value:+.2f}]{line}{tail}" if line else f"{tail}[{value:+.2f}]")
+    return "".join(out)
+
+
+def draw(spans, low, high, title, path, columns=90, size=9):
+    """The same as a picture: a grid of characters, each token on its background."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    cells, row, column = [], 2, 0                              # row, column, text, value
+    for text, value in spans:
+        for part in text.replace("\t", "    ").replace("\n", "↵\n").splitlines(keepends=True):
+            shown = part.rstrip("\n")
+            while shown:
+                if column >= columns:
+                    row, column = row + 1, 0
+                piece, shown = shown[:columns - column], shown[columns - column:]
+                cells.append((row, column, piece, value))
+                column += len(piece)
+            if part.endswith("\n"):
+                row, column = row + 1, 0
+    # a character of the monospaced font is 0.602 of its size wide; lines are 1.5 apart
+    figure = plt.figure(figsize=((columns + 2) * 0.602 * size / 72, (row + 1.5) * 1.5 * size / 72))
+    axes = figure.add_axes([0, 0, 1, 1], xlim=(-1, columns + 1), ylim=(row + 1.5, 0))
+    axes.axis("off")
+    write = dict(family="monospace", va="center", parse_math=False)
+    axes.text(0, 0.8, title, fontsize=size, **write)
+    for row, column, piece, value in cells:
+        face = [c / 255 for c in tint((value - low) / (high - low))]
+        axes.add_patch(plt.Rectangle((column, row - 0.5), len(piece), 1, facecolor=face))
+        axes.text(column, row, piece, fontsize=size, **write)
+    try:
+        figure.savefig(path, dpi=150, format="png")
+    except OSError as error:
+        fail(f"{path} could not be written: {error.strerror}")
+    plt.close(figure)
+
+
+def nats_saved(model, ids):
+    """ids of a text, with its end of text before it -> loss with the memory, and saved by it: nats
+    for each token after the first."""
+    x, y = torch.tensor([ids[:-1]]), torch.tensor([ids[1:]])
+    on, off = (token_losses(model, x, y, 1, nullcontext(), m)[0] for m in (True, False))
+    return on, off - on
+
+
+FULL = 2.0         # nats saved at which a token is fully shaded
+
+
+def show(args, saved, model, enc, ids, n_prompt):
+    """The text once more, shaded as --memory or --gates ask; as a picture with --png."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    if args.memory:
+        on, gain = nats_saved(model, ids)
+        low, high, title = 0, FULL, f"nats saved by the memory: white 0, blue {FULL:g}, orange lost"
+        spans = spans_of(enc, ids[1:], gain)
+        parts = (("prompt", slice(n_prompt)), ("what it wrote", slice(n_prompt, None)))
+        lines = [f"{name}: {len(on[part])} tokens, {on[part].mean():.3f} nats per token with the "
+                 f"memory, {(on + gain)[part].mean():.3f} without: {gain[part].sum():+.1f} saved"
+                 for name, part in parts if len(on[part])]
+    else:
+        with torch.no_grad(), watch(model) as seen:
+            model(torch.tensor([ids]))
+        record = saved["records"][-1]
+        low, high = (sum(record[k]) / len(seen) for k in ("gate_p5", "gate_p95"))
+        title = (f"gate, mean of {len(seen)} memory layers: white {low:.2f}, blue {high:.2f} (5th "
+                 "and 95th percentile on validation)")
+        lines = ["the gate hardly moves: shades show small differences"] * (high - low < 0.05)
+        spans = spans_of(enc, ids[1:], sum(layer[0][0][0] for layer in seen)[1:] / len(seen))
+        high = max(high, low + 1e-3)
+    if args.png:
+        draw(spans, low, high, title, args.png)
+        lines.append(f"picture: {args.png}")
+    print(shaded(spans, low, high, colour), title, *lines, sep="\n")
+
+
+# ---- the end of a run ---------------------------------------------------------------------------
+
+BUCKETS = ((0, "never"), (1, "1-9"), (10, "10-99"), (100, "100-999"), (1000, "1,000 or more"))
+
+
+def report(models, data, batch_size, autocast):
+    """-> lines: what the memory did for models["engram"], beside models["moe"] if that is there.
+    data: train.Data, whose seen [n, T] says how often training saw each token's 2-gram."""
+    enc, x, y = encoding(data.meta["tokenizer"]), data.val_x, data.val_y
+    if "engram" not in models:
+        (name, model), = models.items()
+        return ["", f"A sample of {name}:", "".join(
+            text for _, text in complete(model, enc, max_new_tokens=100))]
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    model = models["engram"]
+    on = token_losses(model, x, y, batch_size, autocast)
+    arms = {"memory off": token_losses(model, x, y, batch_size, autocast, memory=False)}
+    if "moe" in models:
+        arms["moe twin"] = token_losses(models["moe"], x, y, batch_size, autocast)
+    loss, off = on.mean(), arms["memory off"].mean()
+    lines = ["", f"Memory switched off, same weights: {loss:.4f} -> {off:.4f} nats ({off - loss:+.4f}"
+             "; the rest has come to lean on it)",
+             f"{'2-gram seen in training':24s}{'tokens':>8s}{'engram':>9s}"
+             + "".join(f"{name:>12s}" for name in arms)]
+    ends = [low for low, _ in BUCKETS[1:]] + [math.inf]
+    for (low, name), end in zip(BUCKETS, ends):
+        here = (data.seen >= low) & (data.seen < end)
+        if here.any():
+            lines.append(f"{name:>24s}{here.float().mean():8.1%}{on[here].mean():9.3f}" + "".join(
+                f"{(arm - on)[here].mean():+12.3f}" for arm in arms.values()))
+    ids = [*x[0, :1].tolist(), *y[0, :40].tolist()]
+    spans = spans_of(enc, ids[1:], (arms["memory off"] - on)[0])
+    how = f"shaded by (blue: {FULL:g} or more, orange: lost)" if colour else "followed by"
+    lines += ["", f"Validation text, each token {how} the nats the memory saved on it:",
+              shaded(spans, 0, FULL, colour)]
+    prompt = enc.decode(y[0, :12].tolist())
+    for memory in (True, False):
+        text = "".join(t for _, t in complete(model, enc, prompt, max_new_tokens=50, memory=memory))
+        lines += ["", f"Its first 12 tokens continued, memory {'on' if memory else 'off'}:",
+                  prompt + text]
+    return lines
+
+
 # ---- the twins, from their logs alone -----------------------------------------------------------
+
+def read_log(path):
+    """-> header, records (at least one) of a run's log; None where there is none yet."""
+    try:
+        lines = [json.loads(line) for line in open(path)] if path.exists() else []
+        for record in lines[1:]:
+            numbers = [record[k] for k in ("tokens", "seconds", "val_loss", "val_bpb")]
+            if not all(math.isfinite(n) and n > 0 for n in numbers):
+                raise ValueError(f"numbers that cannot be: {numbers}")
+        return (lines[0], lines[1:]) if len(lines) > 1 and lines[0]["accounting"] else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"{path} is not a readable log ({type(error).__name__}: {error}); --resume of its run "
+             "writes it anew")
+
 
 def read_logs(out_dir):
     """-> {model: (header, records)} of the runs in out_dir that have a record."""
-    runs = {}
-    for name in ("engram", "moe", "dense"):
-        path = Path(out_dir) / name / "log.jsonl"
-        try:
-            lines = [json.loads(line) for line in open(path)] if path.exists() else []
-        except (OSError, ValueError) as error:
-            fail(f"{path} is not a readable log ({error}); --resume of its run writes it anew")
-        if len(lines) > 1:
-            runs[name] = lines[0], lines[1:]
+    paths = {name: Path(out_dir) / name / "log.jsonl" for name in ("engram", "moe", "dense")}
+    runs = {name: run for name, path in paths.items() if (run := read_log(path))}
     if not runs:
         fail(f"no log in {out_dir}; train first: python train.py")
     return runs
@@ -148,7 +332,10 @@ def plot(out_dir):
     axes.set(xlabel="training tokens", ylabel="validation loss (nats per token)")
     axes.legend()
     figure.tight_layout()
-    figure.savefig(Path(out_dir) / "loss.png", dpi=120)
+    try:
+        figure.savefig(Path(out_dir) / "loss.png", dpi=120)
+    except OSError as error:
+        fail(f"{out_dir}/loss.png could not be written: {error.strerror}")
     plt.close(figure)
 
 
@@ -158,33 +345,65 @@ def main(argv=None):
     add = parser.add_argument
     add("--out_dir", default="out", help="of train.py (default: %(default)s)")
     add("--model", default="engram", choices=("engram", "moe", "dense"))
-    add("--prompt", default="", help="text to continue (default: none, a document from its start)")
-    add("--max_new_tokens", type=int, default=200, help="(default: %(default)s)")
+    add("--prompt", help="text to continue (default: none, a document from its start)")
+    add("--max_new_tokens", type=int, default=200, help="0: the prompt alone (default: %(default)s)")
     add("--temperature", type=float, default=0.8, help="0: the likeliest (default: %(default)s)")
     add("--top_k", type=int, default=50, help="draw from so many (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
-    add("--table", action="store_true", help="tabulate and plot the runs of out_dir instead")
+    add("--top_p", type=float, default=1.0, help="draw from the likeliest that together have this "
+        "probability (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the draws; one more each (default: %(default)s)")
+    add("--num_samples", type=int, default=1, help="(default: %(default)s)")
+    add("--png", metavar="FILE", help="draw what --memory or --gates show")
+    modes = parser.add_mutually_exclusive_group()
+    for flag, what in (("--memory", "shade each token by the nats the memory saved on it"),
+                       ("--gates", "shade each token by how far the gate opened"),
+                       ("--table", "tabulate and plot the runs of out_dir instead")):
+        modes.add_argument(flag, action="store_true", help=what)
     args = parser.parse_args(argv)
     if args.table:
         plot(args.out_dir)
         return print(*compare(args.out_dir), sep="\n")
-    for name, low, high in (("max_new_tokens", 1, 1e9), ("top_k", 1, 1e9), ("temperature", 0, 100),
-                            ("seed", 0, 2 ** 63 - 1)):
+    for name, low, high in (("max_new_tokens", 0, 1e9), ("top_k", 1, 1e9), ("temperature", 0, 100),
+                            ("top_p", 1e-9, 1), ("num_samples", 1, 1e6), ("seed", 0, 2 ** 62)):
         if not low <= getattr(args, name) <= high:
-            fail(f"{name} {getattr(args, name)}: must be from {low} to {high:g}")
-    saved = load_checkpoint(Path(args.out_dir) / args.model / "ckpt.pt")
-    model = GPT(GPTConfig(**saved["shape"]), saved["model"]["canonical"])
-    model.load_state_dict(saved["model"])
+            fail(f"{name} {getattr(args, name)}: must be from {low:g} to {high:g}")
+    if args.png and (not (args.memory or args.gates) or args.num_samples > 1):
+        fail("--png draws what --memory or --gates show of one sample: add one of them")
+    if args.prompt == "":
+        fail("the prompt is empty; leave --prompt out and a document begins from its start")
+    saved, model = load_checkpoint(Path(args.out_dir) / args.model / "ckpt.pt")
+    block_size, prompt = model.cfg.block_size, args.prompt or ""
+    if (args.memory or args.gates) and not model.engrams():
+        fail(f"{args.model} has no memory to show; --memory and --gates are for --model engram")
     try:
         enc = encoding(saved["tokenizer"])
-    except (Offline, ValueError) as error:
+        start = [enc.eot_token] + enc.encode_ordinary(prompt)
+    except (Offline, ValueError) as error:                     # ValueError: not valid Unicode
         fail(error)
-    print(args.prompt, end="")
-    for text in complete(model, enc, args.prompt, args.seed, max_new_tokens=args.max_new_tokens,
-                         temperature=args.temperature, top_k=args.top_k):
-        print(text, end="", flush=True)
-    print()
+    if len(start) >= block_size:
+        fail(f"the prompt has {len(start)} tokens with the end of text before it, the context "
+             f"{block_size}: shorten it")
+    if not prompt and not args.max_new_tokens:
+        fail("max_new_tokens 0 and no --prompt: nothing to do")
+    for i in range(args.num_samples):
+        ids, began = list(start), time.perf_counter()
+        print("-" * 20 + "\n" if i else "", prompt, sep="", end="", flush=True)
+        for token, text in complete(model, enc, prompt, args.seed + i, temperature=args.temperature,
+                                    max_new_tokens=args.max_new_tokens, top_k=args.top_k,
+                                    top_p=args.top_p):
+            ids.append(token)
+            print(text, end="", flush=True)
+        n, seconds = len(ids) - len(start), time.perf_counter() - began
+        why = "end of text" if ids[-1] == enc.eot_token and n else \
+            f"the context of {block_size} tokens is full" if len(ids) == block_size else \
+            "max_new_tokens reached"
+        print(flush=True)
+        print(f"[seed {args.seed + i}: {n} tokens, {n / seconds:.0f} tokens/s; stopped: {why}]",
+              file=sys.stderr)                          # not part of the text
+        if args.memory or args.gates:
+            ids = ids[:-1] if why == "end of text" else ids
+            show(args, saved, model, enc, ids, len(start) - 1)
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

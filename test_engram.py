@@ -18,7 +18,9 @@ import json
 import math
 import os
 import random
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -33,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import engram as engram_module
 import prepare_data
 import sample as sample_script
+import sweep
 import train as train_script
 from engram import (DEMO, PAPER_27B, V41, Engram, EngramConfig, RowAdam, canonical_ids,
                     hash_multipliers, head_primes, lookup, normalise)
@@ -323,12 +326,14 @@ def tiny_moe(dtype=torch.float64, top_k=2):
 @pytest.mark.parametrize("top_k", [1, 2, 5])
 def test_moe_is_the_weighted_sum_over_experts(top_k):
     """Results put back in another token's place, a bias that leaks into the weights; gradients."""
-    moe, x = tiny_moe(top_k=top_k), torch.randn(2, 7, 16, dtype=torch.float64)
-    fast, slow = moe(x)[0], slow_moe(moe, x)
-    torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)
-    grads = [torch.autograd.grad((y * x).sum(), list(moe.parameters())) for y in (fast, slow)]
-    for a, b in zip(*grads):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+    moe = tiny_moe(top_k=top_k)
+    for T in (7, 1):                                   # 7: sorted; 1 with top_k up to 2: decoding
+        x = torch.randn(2, T, 16, dtype=torch.float64)
+        fast, slow = moe(x)[0], slow_moe(moe, x)
+        torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)
+        grads = [torch.autograd.grad((y * x).sum(), list(moe.parameters())) for y in (fast, slow)]
+        for a, b in zip(*grads):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
 
 
 def test_moe_padded_and_grouped_paths():
@@ -816,7 +821,7 @@ def test_killed_run_resumes_exactly(corpus, tmp_path):
         time.sleep(0.01)
     killed.kill()
     killed.wait()
-    done = load_checkpoint(tmp_path / "a" / "engram" / "ckpt.pt")["step"]
+    done = load_checkpoint(tmp_path / "a" / "engram" / "ckpt.pt")[0]["step"]
     assert 10 <= done < 200, "killed too late to test anything"
     run(*argv, "--out_dir", tmp_path / "a", "--resume")
     run(*argv, "--out_dir", tmp_path / "b")
@@ -859,7 +864,7 @@ def test_infinite_loss_stops_and_keeps_the_checkpoint(corpus, tmp_path, capsys, 
     argv = [*corpus, *TINY, "--model", "moe", "--out_dir", tmp_path]
     message = refused(capsys, train_script.main, *argv)
     assert "at step 7" in message and "last good checkpoint" in message
-    assert load_checkpoint(tmp_path / "moe" / "ckpt.pt")["step"] == 4
+    assert load_checkpoint(tmp_path / "moe" / "ckpt.pt")[0]["step"] == 4
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(corpus, tmp_path, capsys):
@@ -880,7 +885,7 @@ def test_checkpoints_that_do_not_fit_are_refused(corpus, tmp_path, capsys):
     assert "--resume" in refused(capsys, main, *argv)
     assert "n_embd 16 there, 32 here" in refused(capsys, main, *argv, "--resume", "--n_embd", 32)
     whole = path.read_bytes()
-    saved = load_checkpoint(path)
+    saved = load_checkpoint(path)[0]
     saved["run"]["tokenizer"] = "0" * 64
     torch.save(saved, path)
     assert "tokenizer '000" in refused(capsys, main, *argv, "--resume")
@@ -900,9 +905,10 @@ def test_checkpoints_that_do_not_fit_are_refused(corpus, tmp_path, capsys):
     ("--n_head 3", "multiple of 2 * n_head"), ("--batch_size 3", "not a multiple"),
     ("--engram_blocks 7", "blocks 0 to 1"), ("--engram_orders 3 2", "increasing"),
     ("--rho 1", "below 1"), ("--rho 0.9", "leaves no row"), ("--top_k 9", "at most n_expert"),
-    ("--device cuda:77", "try cpu"), ("--device meta", "try cpu"), ("--block_size 1", "too small"),
+    ("--device cuda:77", "try cpu"), ("--device meta", "try cpu"), ("--block_size 1", "from 2 to"),
+    ("--n_layer 99999", "to 1,024"), ("--engram_heads 99999", "to 10,000"),
     ("--dataset nothing", "not prepared"), ("--block_size 100000 "
-     "--tokens_per_step 200000", "too few"), ("--n_expert 0", "--model dense")])
+     "--tokens_per_step 200000", "too few"), ("--n_expert 0", "--model dense,")])
 def test_usual_mistakes(corpus, tmp_path, capsys, argv, part):
     """A traceback, or a run that ignores what was asked."""
     given = [*corpus, *TINY, "--out_dir", tmp_path / "out", *argv.split()]
@@ -948,16 +954,17 @@ def test_steps_are_capped_at_one_pass(corpus, tmp_path, capsys):
 
 
 def test_copyable_tokens(corpus):
-    """The loss that shows in-context copying, on the wrong tokens."""
+    """Counts of n-grams, and with them the loss that shows in-context copying, on wrong tokens."""
     cfg, shape = train_script.parse([*corpus, *TINY])
     data = train_script.Data(cfg, shape)
-    data.mark_copyable(2)
+    data.count(2)
     x, y = data.val_x.tolist(), data.val_y.tolist()
     tx, ty = (t.flatten().tolist() for t in data.sequences(data.train, data.order[:2] * data.T))
-    trained = set(zip(tx, ty))
-    slow = [[(a, b) not in trained and (a, b) in list(zip(xs, ys))[:t]
+    trained = Counter(zip(tx, ty))
+    slow = [[trained[a, b] == 0 and (a, b) in list(zip(xs, ys))[:t]
              for t, (a, b) in enumerate(zip(xs, ys))] for xs, ys in zip(x, y)]
     assert data.copyable.tolist() == slow and data.copyable.any()
+    assert data.seen.tolist() == [[trained[pair] for pair in zip(*xy)] for xy in zip(x, y)]
 
 
 def test_crossing():
@@ -966,6 +973,279 @@ def test_crossing():
     records = [{"tokens": t, "seconds": t / 10, "val_loss": v} for t, v in curve]
     assert sample_script.crossing(records, 4) == (15, 1.5)
     assert sample_script.crossing(records, 6) == (10, 1) and not sample_script.crossing(records, 1)
+
+
+# ---- looking at what was trained ----------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory):
+    """Two tiny twins in one out_dir; the memory made loud, so that it shows."""
+    out = tmp_path_factory.mktemp("out")
+    run(*corpus, *TINY, "--out_dir", out)
+    saved = load_checkpoint(out / "engram" / "ckpt.pt")[0]
+    saved["model"]["blocks.1.engram.value.weight"] *= 30
+    torch.save(saved, out / "engram" / "ckpt.pt")
+    return out
+
+
+def look(capsys, out, *argv):
+    sample_script.main(["--out_dir", str(out), *map(str, argv)])
+    return capsys.readouterr()
+
+
+def test_sampling(trained, capsys):
+    """Flags that change nothing, samples that cannot be repeated one by one."""
+    texts = {}
+    for flags in ("", "--seed 1", "--num_samples 2", "--temperature 0", "--top_k 1", "--top_p 1e-6",
+                  "--max_new_tokens 5", "--max_new_tokens 0", "--max_new_tokens 99"):
+        printed = look(capsys, trained, "--prompt", "w1 w2", *flags.split())
+        texts[flags] = printed.out
+        assert "tokens/s; stopped: " in printed.err
+    assert "context of 32 tokens is full" in printed.err
+    assert texts[""] != texts["--seed 1"]
+    assert texts["--num_samples 2"] == texts[""] + "-" * 20 + "\n" + texts["--seed 1"]
+    assert texts["--temperature 0"] == texts["--top_k 1"] == texts["--top_p 1e-6"] != texts[""]
+    assert texts[""].startswith(texts["--max_new_tokens 5"][:-1])
+    assert texts["--max_new_tokens 0"] == "w1 w2\n"
+
+
+def test_top_p_keeps_the_nucleus():
+    """The token that crosses the threshold dropped, or all of them."""
+    class Fixed(torch.nn.Module):                      # logits that do not depend on the text
+        cfg = GPTConfig(block_size=5000, engram=None)
+
+        def forward(self, idx, reads, cache):
+            return torch.tensor([0.5, 0.3, 0.15, 0.05]).log()[None, None], None, None
+
+    for top_p, kept in ((0.4, {0}), (0.6, {0, 1}), (0.81, {0, 1, 2}), (1.0, {0, 1, 2, 3})):
+        tokens = list(sample_script.generate(Fixed(), torch.zeros(1, 1, dtype=torch.long), 400,
+                                             temperature=1.0, top_p=top_p))
+        assert set(tokens) == kept
+        share = 0.5 / sum((0.5, 0.3, 0.15, 0.05)[i] for i in kept)
+        assert tokens.count(0) / 400 == pytest.approx(share, abs=0.1)
+
+
+def test_text_is_streamed_in_whole_characters(monkeypatch):
+    """Half an emoji on the terminal, or an end of text that goes on."""
+    enc = prepare_data.encoding(prepare_data.make_tokenizer("bpe", ["ab ab ab"], 259))
+    raw = "h\u00e9\U0001f600!".encode()
+    ids = [enc.encode_single_token(bytes([b])) for b in raw] + [enc.eot_token, 65]
+    monkeypatch.setattr(sample_script, "generate", lambda *a, **k: iter(ids))
+    pairs = list(sample_script.complete(tiny_gpt(), enc))
+    assert [text for _, text in pairs] == ["h", "", "\u00e9", "", "", "", "\U0001f600", "!", ""]
+    assert pairs[-1][0] == enc.eot_token
+
+
+def test_decoding_with_a_cache_is_five_times_as_fast():
+    """A cache that computes everything again. At the gpu preset's width and context of 512."""
+    shape = GPTConfig(block_size=512, n_layer=2, n_embd=512, n_head=8, expert_hidden=256,
+                      shared_hidden=512)
+    model = GPT(make_twins(shape, 0.75)[0]["engram"], np.arange(4096)).eval()
+    idx, times = torch.randint(0, 4096, (1, 512)), []
+    began = time.perf_counter()
+    assert len(list(sample_script.generate(model, idx[:, :1], 511))) == 511
+    cached, slow = time.perf_counter() - began, 0.0
+    with torch.inference_mode():
+        for n in range(16, 512, 32):                   # every 32nd length of the 511
+            began = time.perf_counter()
+            model(idx[:, :n])
+            slow += 32 * (time.perf_counter() - began)
+    assert slow > 5 * cached, f"{slow:.1f} s without, {cached:.1f} s with a cache"
+
+
+def test_nats_saved_are_a_difference_of_two_losses(trained, capsys):
+    """A sign turned round, or a value beside the wrong token."""
+    saved, model = load_checkpoint(trained / "engram" / "ckpt.pt")
+    enc = prepare_data.encoding(saved["tokenizer"])
+    printed = look(capsys, trained, "--prompt", "w1 w3 w1", "--max_new_tokens", 8, "--memory").out
+    text, _, again = printed.partition("\n")
+    ids = [enc.eot_token] + enc.encode_ordinary(text)
+    with torch.no_grad():
+        on, off = ([-model(torch.tensor([ids[:i]]), reads=reads)[0][0, -1].log_softmax(-1)[ids[i]]
+                    for i in range(1, len(ids))] for reads in (None, []))
+    gains = [f"{b - a:+.2f}" for a, b in zip(on, off)]
+    shown = "".join(f"{enc.decode([i])}[{g}]" for i, g in zip(ids[1:], gains))
+    assert again.startswith(shown) and len(set(gains)) > 3
+    total = sum(b - a for a, b in zip(on, off)).item()
+    parts = [float(line.split(": ")[-1].split()[0]) for line in again.splitlines()[-2:]]
+    assert sum(parts) == pytest.approx(total, abs=0.11)
+
+
+def test_gates_are_the_modules_own(trained, tmp_path, capsys):
+    """Values of another token, a scale that is not the run's; a gate that hardly moves."""
+    saved, model = load_checkpoint(trained / "engram" / "ckpt.pt")
+    enc = prepare_data.encoding(saved["tokenizer"])
+    ids, gates = [enc.eot_token] + enc.encode_ordinary("w1 w3 w1"), []
+    gate = model.engrams()[0].gate
+    model.engrams()[0].gate = lambda h, e: gates.append(gate(h, e)) or gates[-1]
+    model(torch.tensor([ids]))
+    argv = ["--prompt", "w1 w3 w1", "--max_new_tokens", 0, "--gates"]
+    printed = look(capsys, trained, *argv).out
+    assert "".join(f"{enc.decode([i])}[{g:+.2f}]"
+                   for i, g in zip(ids[1:], gates[0][0, 1:, 0].tolist())) in printed
+    for low, high, says in ((0.1, 0.9, False), (0.5, 0.52, True)):
+        saved["records"][-1].update(gate_p5=[low], gate_p95=[high])
+        (tmp_path / "engram").mkdir(exist_ok=True)
+        torch.save(saved, tmp_path / "engram" / "ckpt.pt")
+        printed = look(capsys, tmp_path, *argv).out
+        assert f"white {low:.2f}, blue {high:.2f}" in printed
+        assert ("hardly moves" in printed) == says
+
+
+def test_shades():
+    """Text lost between the colours, a number that reads as text, no shade where there is gain."""
+    spans = [("def", 1.0), (" f\n\n  ", -0.5), ("x", 0.0)]
+    assert sample_script.shaded(spans, 0, 2, colour=False) == \
+        "def[+1.00] f\u21b5\n\u21b5[-0.50]\n  x[+0.00]"
+    coloured = sample_script.shaded(spans, 0, 2, colour=True)
+    assert re.sub("\x1b.*?m", "", coloured) == "def f\u21b5\n\u21b5\n  x"
+    assert [sample_script.tint(v) for v in (0, 1, 5, -1)] == \
+        [(255, 255, 255), (80, 150, 255), (80, 150, 255), (255, 190, 110)]
+    assert "48;2;168;202;255m" in coloured
+
+
+def test_picture_of_the_shades(trained, tmp_path, capsys):
+    """$ read as mathematics, a long line cut, a blank picture."""
+    import matplotlib.image
+    path, heights = tmp_path / "a.png", []
+    look(capsys, trained, "--prompt", "$x_1", "--max_new_tokens", 9, "--memory", "--png", path)
+    assert path.read_bytes()[:4] == b"\x89PNG"
+    for text in ("$x_1$", "x" * 90, "x" * 91, "a\nb\nc"):
+        sample_script.draw([(text, 2.0)], 0, 2, "title", path)
+        picture = matplotlib.image.imread(path)[..., :3]
+        heights.append(len(picture))
+        blue = np.isclose(picture, np.array([80, 150, 255]) / 255, atol=0.01).all(-1).mean()
+        assert blue > 0.0015 * len(text)
+    assert heights[0] == heights[1] < heights[2] < heights[3]
+    argv = ["--out_dir", trained, "--memory", "--png", tmp_path / "no" / "a.png"]
+    assert "could not be written" in refused(capsys, sample_script.main, *argv)
+
+
+def test_report_of_a_run(corpus, trained, capsys):
+    """Buckets that overlap or miss tokens, a gain of another sign, the same text on and off."""
+    cfg, shape = train_script.parse([*corpus, *TINY])
+    data = train_script.Data(cfg, shape)
+    models = {name: load_checkpoint(trained / name / "ckpt.pt")[1] for name in ("engram", "moe")}
+    with torch.no_grad():
+        nats = [F.cross_entropy(m(data.val_x, reads=r)[0].flatten(0, 1), data.val_y.flatten(),
+                                reduction="none").view(data.val_y.shape)
+                for m, r in ((models["engram"], None), (models["engram"], []), (models["moe"], []))]
+    lines = sample_script.report(models, data, 4, train_script.autocast(cfg))
+    assert f"{nats[0].mean():.4f} -> {nats[1].mean():.4f} nats" in lines[1]
+    rows, share = [line for line in lines[3:] if "%" in line], 0
+    names = {"never": (0, 0), "1-9": (1, 9), "10-99": (10, 99), "100-999": (100, 999),
+             "1,000 or more": (1000, math.inf)}
+    assert len(rows) >= 3
+    for row in rows:
+        *name, tokens, loss, off, twin = row.split()
+        low, high = names[" ".join(name)]
+        here = (data.seen >= low) & (data.seen <= high)
+        assert float(tokens[:-1]) == pytest.approx(100 * here.float().mean().item(), abs=0.06)
+        share += float(tokens[:-1])
+        for shown, exact in ((loss, nats[0]), (off, nats[1] - nats[0]), (twin, nats[2] - nats[0])):
+            assert float(shown) == pytest.approx(exact[here].mean().item(), abs=6e-4)
+    assert share == pytest.approx(100, abs=0.3)
+    on, off = "\n".join(lines).split("memory on:\n")[1].split("memory off:\n")
+    assert on.splitlines()[0] and off.splitlines()[0] != on.splitlines()[0]
+
+
+@pytest.mark.parametrize("argv, part", [
+    ("--prompt=", "is empty"), ("--model dense", "there is one of: engram, moe"),
+    ("--model moe --memory", "has no memory"), ("--png a.png", "add one of them"),
+    ("--top_p 0", "top_p 0"), ("--max_new_tokens 0", "nothing to do"), ("--seed -1", "seed -1"),
+    ("--memory --gates", "not allowed with"), ("--num_samples 0", "num_samples 0")])
+def test_usual_mistakes_in_sampling(trained, capsys, argv, part):
+    """A traceback, or a flag that is ignored."""
+    argv = ["--out_dir", trained, *argv.split()]
+    assert part in refused(capsys, sample_script.main, *argv)
+
+
+def test_damaged_files_are_refused(trained, tmp_path, capsys):
+    """A flipped bit in a tensor that becomes a strange model, a log that becomes a strange table."""
+    shutil.copytree(trained, tmp_path / "out")
+    path = tmp_path / "out" / "engram" / "ckpt.pt"
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+    argv = ["--out_dir", tmp_path / "out"]
+    assert "another checksum" in refused(capsys, sample_script.main, *argv)
+    saved = load_checkpoint(trained / "engram" / "ckpt.pt")[0]
+    saved["model"].pop("embed.weight")
+    torch.save(saved, path)
+    assert "embed.weight" in refused(capsys, sample_script.main, *argv)
+    path = tmp_path / "out" / "moe" / "log.jsonl"
+    whole = path.read_text()
+    for bad in (whole[:-5], whole.replace("val_loss", "loss"), "[]\n" * 3,
+                re.sub('"val_loss": [0-9.]+', '"val_loss": NaN', whole)):
+        path.write_text(bad)
+        assert "not a readable log" in refused(capsys, sample_script.main, *argv, "--table")
+    (tmp_path / "file").touch()
+    for where in (tmp_path / "file", tmp_path / "file" / "x"):
+        assert "file" in refused(capsys, sample_script.main, "--out_dir", where)
+        assert "name another folder" in refused(capsys, train_script.main, "--out_dir", where)
+
+
+# ---- from the shell -----------------------------------------------------------------------------
+
+def shell(command, **how):
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=HERE,
+                          env={**os.environ, "PY": sys.executable, **how})
+
+
+def test_an_output_that_takes_no_more(trained):
+    """A traceback in the pipe to head, silence on a full disk, or a character no terminal knows."""
+    closed = shell(f"$PY sample.py --out_dir {trained} --num_samples 300 --max_new_tokens 5 | head -n1;"
+                   " exit ${PIPESTATUS[0]}")
+    full = shell(f"$PY sample.py --out_dir {trained} > /dev/full")
+    table = shell(f"$PY sample.py --out_dir {trained} --table > /dev/full")
+    prepare = shell(f"$PY prepare_data.py README.md --data_dir {trained}/d > /dev/full")
+    for done in (closed, full, table, prepare):
+        last = done.stderr.strip().splitlines()[-1]
+        assert done.returncode == 2 and last.startswith("error: the output could not be written")
+        assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    done = shell(f"$PY sample.py --out_dir {trained} --prompt \u21b5 --max_new_tokens 1",
+                 PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and done.stdout.startswith("?"), done.stderr
+
+
+def test_ctrl_c_shows_how_to_go_on(corpus, tmp_path):
+    """A traceback, another exit code than 130, or a command that does not resume."""
+    argv = [*corpus, *TINY, "--steps", "3000", "--out_dir", str(tmp_path)]
+    stopped = subprocess.Popen([sys.executable, "train.py", *argv], stderr=subprocess.PIPE, text=True,
+                               stdout=subprocess.DEVNULL, cwd=HERE)
+    deadline = time.time() + 120
+    while not (tmp_path / "engram" / "ckpt.pt").exists() and time.time() < deadline:
+        time.sleep(0.01)
+    second = shell(f"$PY train.py --out_dir {tmp_path} --model engram")
+    assert second.returncode == 2 and "another process is writing" in second.stderr
+    stopped.send_signal(signal.SIGINT)
+    message = stopped.communicate()[1].strip().splitlines()[-1]
+    assert stopped.returncode == 130 and message.startswith("stopped; the last checkpoint is kept")
+    again = message.partition("go on with: python ")[2]
+    done = load_checkpoint(tmp_path / "engram" / "ckpt.pt")[0]["step"]
+    resumed = subprocess.Popen(["bash", "-c", f"exec {sys.executable} {again}"], cwd=HERE,
+                               stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while load_checkpoint(tmp_path / "engram" / "ckpt.pt")[0]["step"] <= done < 3000 \
+            and resumed.poll() is None:
+        time.sleep(0.01)
+    resumed.kill()
+    assert resumed.wait() == -signal.SIGKILL and len(log(tmp_path)[0]["resumed"]) == 1
+
+
+# ---- the fair result ----------------------------------------------------------------------------
+
+def test_interval():
+    """A normal quantile in place of t, or n in place of n - 1."""
+    mean, half = sweep.interval([1.0, 2.0, 4.0])
+    assert mean == pytest.approx(7 / 3) and half == pytest.approx(4.303 * 1.527525 / 3 ** 0.5)
+
+
+def test_the_readme_is_the_result(tmp_path):
+    """A table in the README that no log supports."""
+    lines = sweep.twins(HERE / "results" / "twins", tmp_path / "twins.png")
+    readme = (HERE / "README.md").read_text()
+    missing = [line for line in lines if line not in readme]
+    assert not missing and (tmp_path / "twins.png").stat().st_size > 10_000
 
 
 def test_exit_code_of_the_command(tmp_path):

@@ -28,10 +28,11 @@ import torch
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-from engram import EngramConfig, RowAdam, canonical_ids, lookup, opt
+from engram import EngramConfig, RowAdam, canonical_ids, opt
 from model import GPT, GPTConfig, make_twins
-from prepare_data import DEFAULT_MB, Offline, encoding, fail, load, prepare, token_bytes
-from sample import complete, compare, load_checkpoint, plot, token_losses
+from prepare_data import (DEFAULT_MB, Offline, encoding, fail, load, lock, prepare, script,
+                          token_bytes)
+from sample import compare, complete, load_checkpoint, plot, report, token_losses, watch
 
 
 @dataclass
@@ -139,6 +140,10 @@ def faster_dtype(device):
     return "bfloat16" if seconds[torch.float32] > 1.2 * seconds[torch.bfloat16] else "float32"
 
 
+def autocast(cfg):
+    return torch.autocast(torch.device(cfg.device).type, torch.bfloat16, cfg.dtype == "bfloat16")
+
+
 # ---- data ---------------------------------------------------------------------------------------
 
 def find_data(cfg):
@@ -173,10 +178,16 @@ class Data:
         self.order = np.random.default_rng(cfg.seed).permutation(blocks)
         starts = np.linspace(0, len(val) - 1 - self.T, n).astype(int)
         self.val_x, self.val_y = self.sequences(val, starts)
+        sequences = cfg.tokens_per_step // self.T
+        if cfg.steps > blocks // sequences:
+            print(f"steps {cfg.steps} capped at {blocks // sequences}, one pass over the "
+                  f"{len(self.train):,} tokens of {self.name}: on repeated data tables overfit")
+            cfg.steps = blocks // sequences
         pieces = token_bytes(self.meta["tokenizer"])
         self.canonical = canonical_ids(pieces, shape.engram.compress)
         self.bytes = torch.tensor([len(b) for b in pieces])
         self.bytes[self.meta["eot"]] = 0                          # the separator is not text
+        self.count(cfg.steps * sequences)
 
     def sequences(self, tokens, starts):
         rows = np.stack([tokens[s:s + self.T + 1] for s in starts]).astype(np.int64)
@@ -186,19 +197,23 @@ class Data:
         """-> x, y [n, T]. A function of seed and step alone: nothing to save or restore."""
         return self.sequences(self.train, self.order[step * n:(step + 1) * n] * self.T)
 
-    def mark_copyable(self, n):
-        """Mark the validation tokens whose 2-gram is in none of the first n sequences of the order,
-        those that training sees, but stands earlier in the same context. Only in-context copying
-        (induction) predicts them well: their loss shows whether it has formed."""
+    def count(self, n):
+        """seen [n_val, T]: how often each validation token's 2-gram (it and the token before)
+        stands in the first n sequences of the order, those that training sees. copyable [n_val, T]:
+        never there, but earlier in the same context. Only in-context copying (induction) predicts
+        these well: their loss shows whether it has formed."""
         pairs = (self.val_x * len(self.bytes) + self.val_y).numpy()
-        unique, seen = np.unique(pairs), set()
+        unique, where = np.unique(pairs, return_inverse=True)
+        times = np.zeros(len(unique), np.int64)
         for i in range(0, n, 4096):                               # memory stays flat
             x, y = self.sequences(self.train, self.order[i:min(i + 4096, n)] * self.T)
-            seen.update(unique[np.isin(unique, (x * len(self.bytes) + y).numpy())].tolist())
-        new = ~np.isin(pairs, list(seen))
-        for row, p in zip(new, pairs):
+            trained, k = np.unique((x * len(self.bytes) + y).numpy(), return_counts=True)
+            _, ours, theirs = np.intersect1d(unique, trained, True, return_indices=True)
+            times[ours] += k[theirs]
+        self.seen = torch.from_numpy(times[where].reshape(pairs.shape))
+        self.copyable = self.seen == 0
+        for row, p in zip(self.copyable, pairs):
             row[np.unique(p, return_index=True)[1]] = False       # its first time in this context
-        self.copyable = torch.from_numpy(new)
 
     def score(self, losses):
         """token_losses of the validation set -> what is reported of them."""
@@ -210,24 +225,19 @@ class Data:
 
 # ---- evaluation: the same tokens every time -----------------------------------------------------
 
-def evaluate(model, tables, data, cfg, autocast):
-    """-> losses and, per memory layer, signs that it is alive: mean and spread of the gate, |what
-    it adds| / |h|, share of the table's rows that training has touched."""
-    seen = {engram: [] for engram in model.engrams()}
-
-    def look(engram, args, out):
-        h, read = args[:2]
-        alpha = engram.gate(h, lookup(read)).float()
-        seen[engram].append(torch.stack([alpha.mean(), alpha.std(), out.norm() / h.norm()]))
-
-    hooks = [engram.register_forward_hook(look) for engram in seen]
-    record = data.score(token_losses(model, data.val_x, data.val_y, cfg.batch_size, autocast))
-    for hook in hooks:
-        hook.remove()
-    if seen:
-        means = torch.stack([torch.stack(s).mean(0) for s in seen.values()]).T.tolist()
-        record.update(zip(("gate_mean", "gate_std", "out_over_h"), means))
-        record["rows_touched"] = [(s["visits"] > 0).float().mean().item() for s in tables.state]
+def evaluate(model, tables, data, cfg):
+    """-> losses and, per memory layer, signs that it is alive: mean, spread and percentiles of the
+    gate, |what it adds| / |h|, share of the table's rows that training has touched."""
+    with watch(model) as seen:
+        record = data.score(token_losses(model, data.val_x, data.val_y, cfg.batch_size,
+                                         autocast(cfg)))
+    for layer, state in zip(seen, tables.state, strict=True):
+        gate, added = torch.cat([g.flatten() for g, _ in layer]), [a for _, a in layer]
+        low, high = np.percentile(gate.cpu(), (5, 95))
+        for name, value in (("gate_mean", gate.mean()), ("gate_std", gate.std()), ("gate_p5", low),
+                            ("gate_p95", high), ("out_over_h", sum(added) / len(added)),
+                            ("rows_touched", (state["visits"] > 0).float().mean())):
+            record.setdefault(name, []).append(float(value))
     return record
 
 
@@ -285,22 +295,18 @@ def check_finite(loss, step, path):
 def start(path, run, shape, cfg, data):
     """-> model, backbone and table optimisers, state of training: new, or as the checkpoint at
     path has them, which is refused unless it is of this run."""
-    saved, device = None, torch.device(cfg.device)
-    if path.exists():
-        saved = load_checkpoint(path)
-        differ = [f"{k} {v!r} there, {run.get(k)!r} here" for k, v in saved["run"].items()
-                  if v != run.get(k)]
-        if differ:
-            fail(f"{path} is of another run: {'; '.join(differ)}")
     torch.manual_seed(cfg.seed)
-    model = GPT(shape, saved["model"]["canonical"] if saved else data.canonical).to(device)
+    saved, model = load_checkpoint(path) if path.exists() else (None, GPT(shape, data.canonical))
+    if saved and (differ := [f"{k} {v!r} there, {run.get(k)!r} here"
+                             for k, v in saved["run"].items() if v != run.get(k)]):
+        fail(f"{path} is of another run: {'; '.join(differ)}")
+    model.to(cfg.device)
     backbone, tables = optimisers(model, cfg)
     header = describe(path.parent.name, model, cfg, data)
     if not saved:
         return model, backbone, tables, 0, 0.0, [], header
-    model.load_state_dict(saved["model"])
     backbone.load_state_dict(saved["backbone"])
-    tables.state = [{k: v.to(device) for k, v in state.items()} for state in saved["tables"]]
+    tables.state = [{k: v.to(cfg.device) for k, v in state.items()} for state in saved["tables"]]
     torch.set_rng_state(saved["rng"])
     saved["header"].setdefault("resumed", []).append(
         {k: header[k] for k in ("command", "commit", "torch", "device", "threads")})
@@ -317,11 +323,10 @@ def train(name, shape, cfg, data):
            **{split: data.meta[split]["sha256"] for split in ("train", "val")}}
     model, backbone, tables, step, seconds, records, header = start(path, run, shape, cfg, data)
     forward = torch.compile(model) if cfg.compile else model
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
     sequences = cfg.tokens_per_step // shape.block_size
     micro = [slice(i, i + cfg.batch_size) for i in range(0, sequences, cfg.batch_size)]
     moes = [block.moe for block in model.blocks if shape.n_expert]
-    bar = tqdm(total=cfg.steps, initial=step, desc=f"{name:6s}", unit="step", dynamic_ncols=True)
+    bar = tqdm(total=cfg.steps, initial=step, desc=name, unit="step", leave=False)
     while step < cfg.steps:
         train_loss, uneven, began, first = 0.0, 0.0, time.perf_counter(), step
         while step == first or step % cfg.eval_every and step < cfg.steps:
@@ -331,7 +336,7 @@ def train(name, shape, cfg, data):
             reads = model.read(x)           # once a step: the addresses need the tokens alone
             loss = 0.0
             for part in micro:
-                with autocast:
+                with autocast(cfg):
                     _, nats, balance = forward(x[part], y[part], [r.micro(part) for r in reads])
                 ((nats + cfg.balance_loss * balance) / len(micro)).backward()
                 loss += nats.item() / len(micro)
@@ -362,7 +367,7 @@ def train(name, shape, cfg, data):
                         "tokens_per_s": steps * cfg.tokens_per_step / spent, "lr": lr,
                         "train_loss": train_loss / steps, "load_max": float(uneven) / steps,
                         "peak_bytes": peak_bytes(device),
-                        **evaluate(model, tables, data, cfg, autocast)})
+                        **evaluate(model, tables, data, cfg)})
         check_finite(records[-1]["val_loss"], step, path)
         # the log first: a checkpoint is never ahead of it
         write_whole(out / "log.jsonl", lambda f: f.writelines(
@@ -378,10 +383,9 @@ def train(name, shape, cfg, data):
 
 def peak_bytes(device):
     """Most memory held so far: on the GPU by its tensors, on a CPU by the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else \
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def device_name(device):
@@ -392,49 +396,37 @@ def device_name(device):
 def main(argv=None):
     keep_freed_memory()
     cfg, shape = parse(argv)
-    out = Path(cfg.out_dir)
-    names = ("engram", "moe") if cfg.model == "both" else (cfg.model,)
-    try:
-        there = [name for name in names if (out / name / "ckpt.pt").exists()]
-        for name in names:
-            (out / name).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"out_dir {out}: {error.strerror}; give another --out_dir")
-    if there and not cfg.resume:
-        fail(f"{out / there[0]}/ckpt.pt exists: --resume goes on, another --out_dir begins anew")
-    if cfg.resume and not there:
-        fail(f"nothing to resume: no {out / names[0] / 'ckpt.pt'}; leave out --resume")
-    if cfg.dtype == "auto":     # timed once a run: a resumed one goes on as it began
-        cfg.dtype = faster_dtype(cfg.device) if not there else \
-            load_checkpoint(out / there[0] / "ckpt.pt")["run"]["dtype"]
-    try:
-        data = Data(cfg, shape)
-        shape.vocab_size = data.meta["vocab_size"]
-        shapes, lines = make_twins(shape, cfg.rho)
-    except (Offline, ValueError) as error:
-        fail(error)
-    sequences = cfg.tokens_per_step // shape.block_size
-    if cfg.steps > len(data.order) // sequences:
-        print(f"steps {cfg.steps} capped at {len(data.order) // sequences}, one pass over the "
-              f"{len(data.train):,} tokens of {data.name}: on repeated data tables overfit")
-        cfg.steps = len(data.order) // sequences
-    data.mark_copyable(cfg.steps * sequences)
-    moe = shapes["moe"]          # dense: as wide as the experts of a token are together
-    hidden = moe.shared_hidden + moe.top_k * moe.expert_hidden
-    shapes["dense"] = replace(moe, n_expert=0, shared_hidden=hidden)
-    print(*lines, f"{data.name}: {cfg.steps} steps x {cfg.tokens_per_step} tokens, {cfg.dtype} on "
-          f"{device_name(cfg.device)}", sep="\n", flush=True)
-    for name in names:
-        model = train(name, shapes[name], cfg, data)
-        if name == names[0]:
-            text = "".join(complete(model, encoding(data.meta["tokenizer"]), max_new_tokens=100))
-    plot(out)
-    print(*compare(out), f"curves: {out / 'loss.png'}; a sample of {names[0]}:", text, sep="\n")
+    out, names = Path(cfg.out_dir), ("engram", "moe") if cfg.model == "both" else (cfg.model,)
+    with lock(*(out / name for name in names)):
+        there = [out / name / "ckpt.pt" for name in names if (out / name / "ckpt.pt").exists()]
+        if there and not cfg.resume:
+            fail(f"{there[0]} exists: --resume goes on with it, another --out_dir begins anew")
+        if cfg.resume and not there:
+            fail(f"nothing to resume: no {out / names[0] / 'ckpt.pt'}; leave out --resume")
+        if cfg.dtype == "auto":     # timed once a run: a resumed one goes on as it began
+            cfg.dtype = load_checkpoint(there[0])[0]["run"]["dtype"] if there else \
+                faster_dtype(cfg.device)
+        try:
+            data = Data(cfg, shape)
+            shape.vocab_size = data.meta["vocab_size"]
+            shapes, lines = make_twins(shape, cfg.rho)
+        except (Offline, ValueError) as error:
+            fail(error)
+        moe = shapes["moe"]          # dense: as wide as the experts of a token are together
+        hidden = moe.shared_hidden + moe.top_k * moe.expert_hidden
+        shapes["dense"] = replace(moe, n_expert=0, shared_hidden=hidden)
+        print(*lines, f"{data.name}: {cfg.steps} steps x {cfg.tokens_per_step} tokens, {cfg.dtype} "
+              f"on {device_name(cfg.device)}", sep="\n", flush=True)
+        try:
+            models = {name: train(name, shapes[name], cfg, data) for name in names}
+        except KeyboardInterrupt:
+            again = shlex.join(["python", *sys.argv] + ["--resume"] * (not cfg.resume))
+            print(f"\nstopped; the last checkpoint is kept, go on with: {again}", file=sys.stderr)
+            sys.exit(130)
+        plot(out)
+        print(*compare(out), f"curves: {out / 'loss.png'}",
+              *report(models, data, cfg.batch_size, autocast(cfg)), sep="\n")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("\nstopped; from a checkpoint, if there is one, --resume goes on", file=sys.stderr)
-        sys.exit(130)
+    script(main)

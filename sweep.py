@@ -1,0 +1,191 @@
+"""
+Experiments of many runs: train what is missing, then a table and a figure. Optional reading.
+
+    python sweep.py twins            # a night on 2 cores, less on more; interrupt it, go on later
+    python sweep.py twins --plot     # table and figure again from results/twins/, no training
+
+The idea: a run is named by what it is, goes through train.py as a user's would, and leaves its log
+under results/. A run whose log is there is never run again.
+"""
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+
+from prepare_data import fail, script
+from sample import crossing, read_log
+
+HERE = Path(__file__).resolve().parent
+RATES, TUNING_SEED, SEEDS = (0.002, 0.004, 0.008), 10, (11, 12, 13, 14, 15)
+ARMS = {  # the fair result and its controls: name -> flags, whose rate it takes, what it is
+    "engram": ("--model engram", "engram", "Engram"),
+    "moe": ("--model moe", "moe", "MoE-only twin"),
+    "fewer": ("--model moe --n_expert 6", "moe", "MoE-only, 3/4 of the experts"),
+    "token": ("--model engram --engram_orders 1 --engram_heads 8", "engram",
+              "table addressed by the current token alone")}
+LONG = "--steps 4800 --eval_every 300"
+# 97.5th percentile of Student's t by degrees of freedom
+T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def interval(values):
+    """-> mean of the values and half the width of its 95 % interval (t)."""
+    half = T[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values), half
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+def log_of(folder, arm, rate, seed, long=False):
+    """-> (header, records) of a finished run, or None."""
+    run = read_log(folder / f"{arm}{'_long' * long}_lr{rate:g}_seed{seed}.jsonl")
+    return run if run and run[1][-1]["step"] == run[0]["config"]["steps"] else None
+
+
+def run(folder, arm, rate, seed, long=False):
+    """Train one run, or finish it, unless it is there: one thread on a CPU."""
+    if log_of(folder, arm, rate, seed, long):
+        return
+    flags = f"{ARMS[arm][0]} --lr {rate:g} --seed {seed} --dtype bfloat16 {LONG * long}".split()
+    name = f"{arm}{'_long' * long}_lr{rate:g}_seed{seed}"
+    out, model = Path("runs") / name, flags[1]
+    resume = ["--resume"] * (out / model / "ckpt.pt").exists()
+    out.mkdir(parents=True, exist_ok=True)
+    with open(f"{out}.txt", "w") as printed:
+        done = subprocess.run(
+            [sys.executable, HERE / "train.py", *flags, "--out_dir", out, *resume], stdout=printed,
+            stderr=printed, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        fail(f"{name} ended with exit code {done.returncode}: see {out}.txt")
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(out / model / "log.jsonl", folder / f"{name}.jsonl")
+    print(f"{name}: {log_of(folder, arm, rate, seed, long)[1][-1]['val_loss']:.4f}", flush=True)
+
+
+def run_twins(folder):
+    with ThreadPoolExecutor(2) as pool:
+        each = lambda runs: list(pool.map(lambda r: run(folder, *r), runs))
+        each([(arm, rate, TUNING_SEED) for rate in RATES for arm in ("engram", "moe")])
+        best = best_rates(folder)
+        each([(arm, best[arm], seed) for seed in SEEDS for arm in ("engram", "moe")])
+        each([(arm, best[ARMS[arm][1]], seed) for seed in SEEDS for arm in ("fewer", "token")])
+        each([(arm, best[arm], SEEDS[0], True) for arm in ("engram", "moe")])
+
+
+# ---- from the logs ------------------------------------------------------------------------------
+
+def best_rates(folder):
+    """-> {model: its best rate on the tuning seed}. An end of the range is not taken on trust."""
+    best = {}
+    for arm in ("engram", "moe"):
+        runs = {rate: log_of(folder, arm, rate, TUNING_SEED) for rate in RATES}
+        if missing := [rate for rate, r in runs.items() if not r]:
+            fail(f"no finished log of {arm} at the rates {missing} in {folder}; run without --plot")
+        best[arm] = min(RATES, key=lambda rate: runs[rate][1][-1]["val_loss"])
+        if best[arm] in (RATES[0], RATES[-1]):
+            fail(f"the best rate of {arm} is {best[arm]:g}, an end of {RATES}: try one beyond it")
+    return best
+
+
+def twins(folder, picture):
+    """Draw the curves -> the table's lines, in Markdown, and what belongs to it."""
+    best = best_rates(folder)
+    runs = {arm: {seed: r for seed in SEEDS if (r := log_of(folder, arm, best[ARMS[arm][1]], seed))}
+            for arm in ARMS}
+    if len(runs["engram"]) < 2 or runs["engram"].keys() != runs["moe"].keys():
+        fail(f"{folder} needs both twins of the same seeds, at least two; run without --plot")
+    last = lambda arm, seed, key="val_loss": runs[arm][seed][1][-1][key]
+    lines = ["| model | P_tot | P_act | n | loss | against the MoE-only twin | bits per byte |",
+             "|---|---|---|---|---|---|---|"]
+    for arm, (_, _, title) in ARMS.items():
+        seeds = list(runs[arm])
+        if len(seeds) < 2:
+            continue
+        mean = {key: statistics.mean(last(arm, s, key) for s in seeds)
+                for key in ("val_loss", "val_bpb")}
+        count, against = runs[arm][seeds[0]][0]["accounting"], "-"
+        if arm != "moe":
+            gap, half = interval([last(arm, s) - last("moe", s) for s in seeds])
+            against = f"{gap:+.3f} ± {half:.3f}"
+        lines.append(f"| {title} | {count['P_tot']:,} | {count['P_act']:,} | {len(seeds)} | "
+                     f"{mean['val_loss']:.3f} | {against} | {mean['val_bpb']:.3f} |")
+    shares = []
+    for s in runs["moe"]:
+        end = runs["moe"][s][1][-1]
+        if at := crossing(runs["engram"][s][1], end["val_loss"]):
+            shares.append([at[0] / end["tokens"], at[1] / end["seconds"]])
+    tokens, clock = ([f"{f(x):.0%}" for f in (statistics.mean, min, max)] for x in zip(*shares))
+    lines += ["", f"Twin's final loss reached in {len(shares)} of {len(runs['moe'])} pairs, at "
+              f"{tokens[0]} of the tokens ({tokens[1]} to {tokens[2]}) and {clock[0]} of the wall "
+              f"clock ({clock[1]} to {clock[2]})."]
+    for key, unit, of in (("peak_bytes", 1e9, "Peak memory, GB"),
+                          ("copy_loss", 1, "Loss on copyable tokens at the end")):
+        spread = (sorted(last(arm, s, key) / unit for s in runs[arm]) for arm in ("engram", "moe"))
+        lines.append(f"{of}: " + ", ".join(f"{arm} {v[0]:.1f} to {v[-1]:.1f}" for arm, v in
+                                           zip(("Engram", "twin"), spread)) + ".")
+    for arm in ("engram", "moe"):
+        losses = ", ".join(f"{rate:g}: {log_of(folder, arm, rate, TUNING_SEED)[1][-1]['val_loss']:.3f}"
+                           for rate in RATES)
+        lines.append(f"Learning rates tried for {ARMS[arm][2]}, seed {TUNING_SEED}: {losses}.")
+    long = [log_of(folder, arm, best[arm], SEEDS[0], True) for arm in ("engram", "moe")]
+    if all(long):
+        a, b = (r[1][-1] for r in long)
+        at = crossing(long[0][1], b["val_loss"])
+        lines.append(f"At {a['tokens'] / 1e6:.1f}M tokens (n=1, seed {SEEDS[0]}): {a['val_loss']:.3f}"
+                     f" and {b['val_loss']:.3f}, {a['val_loss'] - b['val_loss']:+.3f}, "
+                     + (f"twin's loss reached at {at[0] / b['tokens']:.0%} of the tokens; "
+                        if at else "twin's loss not reached; ") +
+                     f"loss on copyable tokens {a['copy_loss']:.1f} and {b['copy_loss']:.1f}.")
+    draw(runs, shares, picture)
+    return lines
+
+
+def draw(runs, shares, picture):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(7, 4))
+    means = {}
+    for arm, colour, style in (("engram", "tab:blue", "-"), ("moe", "tab:orange", "--")):
+        curves = [[r["val_loss"] for r in records] for _, records in runs[arm].values()]
+        x = [r["tokens"] / 1e6 for r in next(iter(runs[arm].values()))[1]]
+        for curve in curves:
+            axes.plot(x, curve, style, color=colour, lw=0.6, alpha=0.5)
+        means[arm] = [statistics.mean(losses) for losses in zip(*curves)]
+        axes.plot(x, means[arm], style, color=colour, lw=2.5, label=ARMS[arm][2])
+    if shares:
+        share, y = statistics.mean(s[0] for s in shares), means["moe"][-1]
+        axes.annotate("", (share * x[-1], y), (x[-1], y), arrowprops=dict(arrowstyle="->", lw=1.5))
+        axes.text((1 + share) / 2 * x[-1], y + 0.06, f"same loss at {share:.0%}\nof the tokens",
+                  ha="center", va="bottom")
+    n = len(runs["engram"])
+    axes.set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)",
+             title=f"Equal parameters, equal compute: {n} seeds thin, mean bold",
+             ylim=(min(means["engram"]) - 0.15, means["moe"][1]))
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=("twins",))
+    parser.add_argument("--plot", action="store_true", help="train nothing")
+    parser.add_argument("--results", default="results", help="(default: %(default)s)")
+    args = parser.parse_args(argv)
+    folder = Path(args.results) / args.name
+    if not args.plot:
+        run_twins(folder)
+    lines = twins(folder, f"{folder}.png")
+    Path(f"{folder}.md").write_text("\n".join(lines) + "\n")
+    print(*lines, f"picture: {folder}.png", sep="\n")
+
+
+if __name__ == "__main__":
+    script(main)
