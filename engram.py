@@ -118,10 +118,9 @@ class Engram(nn.Module):
     @torch.no_grad()
     def reset(self):
         """Start quiet but alive: a value, ~ 0.02 * 0.02 * sqrt(d_mem), is about a tenth of h, yet
-        no factor is zero, so the first backward reaches table, keys, values and gate. (Were table
-        and W_V both zero, each would wait for the other for ever.) Keys are normalised: their scale
-        does not matter. The convolution starts at zero, as in the paper. 0.02 is also one step of
-        the table's Adam at train.py's rates: a row read once is mostly what it learned."""
+        the first backward reaches table, keys, values and gate. (Were table and W_V both zero, each
+        would wait for the other for ever.) The convolution starts at zero, as in the paper. 0.02 is
+        also one step of the table's Adam at train.py's rates."""
         self.table.normal_(std=0.02)
         for linear in (m for m in self.children() if isinstance(m, nn.Linear)):
             linear.weight.normal_(std=0.02)
@@ -201,11 +200,10 @@ def lookup(read):
 
 
 class RowAdam:
-    """Adam for tables: a step updates exactly the rows read in it, elementwise, without decay.
-    Dense Adam would sweep all R rows a step and move rows that were not read (stale momentum). Each
-    row counts its own visits, so it is an Adam that sees this row's visits alone: with one clock
-    for all rows, as in torch.optim.SparseAdam, a row first read late takes a first step 2.2 times
-    too small (beta2 0.95), and most rows of a Zipfian text are first read late."""
+    """Adam for tables: a step updates exactly the rows read in it, without decay. Dense Adam would
+    sweep all R rows and move those not read (stale momentum). Each row counts its own visits: with
+    one clock for all, as in torch.optim.SparseAdam, a row first read late takes a first step 2.2
+    times too small (beta2 0.95), and most rows of a Zipfian text are first read late."""
 
     def __init__(self, tables, betas=(0.9, 0.95), eps=1e-8):
         """tables: list of [R, d] tensors, changed in place; the moments live beside them."""

@@ -40,9 +40,9 @@ class GPTConfig:
         if isinstance(self.engram, dict):                 # from a checkpoint
             self.engram = EngramConfig(**self.engram)
         for name, value in vars(self).items():
-            least, most = {"n_expert": 0, "block_size": 2}.get(name, 1), 2 ** 20 >> 10 * (name == "n_layer")
-            if name != "engram" and not least <= value <= most:
-                raise ValueError(f"{name} {value}: must be from {least} to {most:,}")
+            least = {"n_expert": 0, "block_size": 2}.get(name, 1)
+            if name != "engram" and not least <= value <= 65536:
+                raise ValueError(f"{name} {value}: must be from {least} to 65,536")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd {self.n_embd} must be a multiple of 2 * n_head = "
                              f"{2 * self.n_head}: rotary embedding turns pairs within a head")
@@ -109,8 +109,7 @@ class Block(nn.Module):
 
 
 class Cache:
-    """What decoding carries from chunk to chunk: tokens seen, the last N-1 canonical ids, and per
-    block a dict with keys and values and the short convolution's tail."""
+    """What decoding carries on: tokens seen, N-1 canonical ids, per block keys, values, tail."""
 
     def __init__(self, cfg):
         self.length, self.history, self.blocks = 0, None, [{} for _ in range(cfg.n_layer)]
@@ -161,9 +160,8 @@ class GPT(nn.Module):
 
     def read(self, idx, cache=None):
         """Hash tokens [B, T] and read the rows of all memory layers -> [Read per memory layer].
-        Needs token ids alone, hence possible before (and beside) everything else. The cache
-        carries the last N-1 canonical ids: decoding that hashes one token without them reads
-        other rows than training did, a bug that a zero table hides."""
+        Needs token ids alone, hence possible before (and beside) all else. Decoding that hashes
+        a token without the N-1 before it, which the cache carries, reads other rows."""
         if not self.cfg.engram:
             return []
         x, past = self.canonical[idx], cache.history if cache else None
@@ -213,8 +211,7 @@ class GPT(nn.Module):
         """The paper's quantities: P_tot, all but the vocabulary embedding (tied to the head);
         P_act, what one token uses, values read counted; P_sparse = P_tot - P_act. And per token:
         forward matmul FLOPs (2 per active weight, head included, plus attention at full context)
-        and bytes read from the tables. What a table holds and is not read costs neither. (The few
-        norms and biases of the memory count as matmuls: 0.04 % at the laptop's shape.)"""
+        and bytes read from the tables. What a table holds and is not read costs neither."""
         cfg, n = self.cfg, self.parameters_by_kind()
         total = sum(n.values()) - n["embedding"]
         values = sum(e.cfg.d_mem for e in self.engrams())
@@ -236,9 +233,8 @@ def make_twins(cfg, rho):
     share of P_sparse that stays with routed experts (paper, section 3): Engram drops experts and
     buys rows with what that frees. Reading costs too, keys and values are projected: the MoE-only
     twin gets a wider shared expert for that, rounded up, so it never has less compute."""
-    if not cfg.engram or not cfg.n_expert:
-        raise ValueError(f"n_expert {cfg.n_expert}: twins need experts and a memory; --model dense, "
-                         "too, is made from the twins' shape")
+    if not cfg.n_expert:
+        raise ValueError("n_expert 0: twins, and the dense model made from them, need experts")
     if not 0 <= rho < 1:
         raise ValueError(f"rho {rho}: must be from 0 (all memory) to below 1 (no memory)")
     L, D, k = cfg.n_layer, cfg.n_embd, cfg.top_k

@@ -513,8 +513,8 @@ def prepare(name, files=(), data_dir="data", max_mb=None, vocab_size=4096, token
 
 
 def build(folder, args, files):
-    """-> what was done, in words. Write all three files as .tmp and rename them when whole, meta.json
-    last: it vouches for the other two. With the same `args` nothing is to do."""
+    """-> what was done, in words. Write all three files as .tmp and rename them when whole, last
+    meta.json: it vouches for the other two. With the same `args` nothing is to do."""
     try:
         if check(folder)["args"] == args:
             return "prepared with these arguments before; to do it anew delete it"

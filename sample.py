@@ -44,7 +44,7 @@ def load_checkpoint(path):
                                              if there else "train first: python train.py"))
     except Exception as error:      # torch, pickle and zipfile raise many kinds for a damaged file
         fail(f"{path} is not a readable checkpoint of train.py ({type(error).__name__}: "
-             f"{' '.join(str(error).split()):.150}); restore it, or train anew in another --out_dir")
+             f"{' '.join(str(error).split()):.150}); restore it, or use another --out_dir")
 
 
 # ---- text ---------------------------------------------------------------------------------------
@@ -235,8 +235,8 @@ def report(models, data, batch_size, autocast):
     if "moe" in models:
         arms["moe twin"] = token_losses(models["moe"], x, y, batch_size, autocast)
     loss, off = on.mean(), arms["memory off"].mean()
-    lines = ["", f"Memory switched off, same weights: {loss:.4f} -> {off:.4f} nats ({off - loss:+.4f}"
-             "; the rest has come to lean on it)",
+    lines = ["", f"Memory switched off, same weights: {loss:.4f} -> {off:.4f} nats "
+             f"({off - loss:+.4f}; the rest has come to lean on it)",
              f"{'2-gram seen in training':24s}{'tokens':>8s}{'engram':>9s}"
              + "".join(f"{name:>12s}" for name in arms)]
     ends = [low for low, _ in BUCKETS[1:]] + [math.inf]
@@ -346,7 +346,7 @@ def main(argv=None):
     add("--out_dir", default="out", help="of train.py (default: %(default)s)")
     add("--model", default="engram", choices=("engram", "moe", "dense"))
     add("--prompt", help="text to continue (default: none, a document from its start)")
-    add("--max_new_tokens", type=int, default=200, help="0: the prompt alone (default: %(default)s)")
+    add("--max_new_tokens", type=int, default=200, help="0: prompt alone (default: %(default)s)")
     add("--temperature", type=float, default=0.8, help="0: the likeliest (default: %(default)s)")
     add("--top_k", type=int, default=50, help="draw from so many (default: %(default)s)")
     add("--top_p", type=float, default=1.0, help="draw from the likeliest that together have this "

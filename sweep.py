@@ -118,25 +118,31 @@ def twins(folder, picture):
         end = runs["moe"][s][1][-1]
         if at := crossing(runs["engram"][s][1], end["val_loss"]):
             shares.append([at[0] / end["tokens"], at[1] / end["seconds"]])
-    tokens, clock = ([f"{f(x):.0%}" for f in (statistics.mean, min, max)] for x in zip(*shares))
-    lines += ["", f"Twin's final loss reached in {len(shares)} of {len(runs['moe'])} pairs, at "
-              f"{tokens[0]} of the tokens ({tokens[1]} to {tokens[2]}) and {clock[0]} of the wall "
-              f"clock ({clock[1]} to {clock[2]})."]
+    lines += ["", f"Twin's final loss reached in {len(shares)} of {len(runs['moe'])} pairs"]
+    if shares:
+        tokens, clock = ([f"{f(x):.0%}" for f in (statistics.mean, min, max)] for x in zip(*shares))
+        lines[-1] += (f", at {tokens[0]} of the tokens ({tokens[1]} to {tokens[2]}) and {clock[0]} "
+                      f"of the wall clock ({clock[1]} to {clock[2]})")
+    lines[-1] += "."
     for key, unit, of in (("peak_bytes", 1e9, "Peak memory, GB"),
                           ("copy_loss", 1, "Loss on copyable tokens at the end")):
         spread = (sorted(last(arm, s, key) / unit for s in runs[arm]) for arm in ("engram", "moe"))
         lines.append(f"{of}: " + ", ".join(f"{arm} {v[0]:.1f} to {v[-1]:.1f}" for arm, v in
                                            zip(("Engram", "twin"), spread)) + ".")
+    spread = [sorted(last(arm, s) for s in runs[arm]) for arm in ("engram", "moe")]
+    lines.append("Final losses: Engram {:.2f} to {:.2f}, twin {:.2f} to {:.2f}.".format(
+        *(losses[i] for losses in spread for i in (0, -1))))
     for arm in ("engram", "moe"):
-        losses = ", ".join(f"{rate:g}: {log_of(folder, arm, rate, TUNING_SEED)[1][-1]['val_loss']:.3f}"
-                           for rate in RATES)
-        lines.append(f"Learning rates tried for {ARMS[arm][2]}, seed {TUNING_SEED}: {losses}.")
+        tried = {rate: log_of(folder, arm, rate, TUNING_SEED)[1][-1]["val_loss"] for rate in RATES}
+        lines.append(f"Learning rates tried for the {ARMS[arm][2]}, seed {TUNING_SEED}: "
+                     + ", ".join(f"{rate:g} {loss:.3f}" for rate, loss in tried.items()) + ".")
     long = [log_of(folder, arm, best[arm], SEEDS[0], True) for arm in ("engram", "moe")]
     if all(long):
         a, b = (r[1][-1] for r in long)
         at = crossing(long[0][1], b["val_loss"])
-        lines.append(f"At {a['tokens'] / 1e6:.1f}M tokens (n=1, seed {SEEDS[0]}): {a['val_loss']:.3f}"
-                     f" and {b['val_loss']:.3f}, {a['val_loss'] - b['val_loss']:+.3f}, "
+        lines.append(f"At {a['tokens'] / 1e6:.1f}M tokens (n=1, seed {SEEDS[0]}): "
+                     f"{a['val_loss']:.3f} and {b['val_loss']:.3f}, "
+                     f"{a['val_loss'] - b['val_loss']:+.3f}, "
                      + (f"twin's loss reached at {at[0] / b['tokens']:.0%} of the tokens; "
                         if at else "twin's loss not reached; ") +
                      f"loss on copyable tokens {a['copy_loss']:.1f} and {b['copy_loss']:.1f}.")
@@ -160,8 +166,8 @@ def draw(runs, shares, picture):
     if shares:
         share, y = statistics.mean(s[0] for s in shares), means["moe"][-1]
         axes.annotate("", (share * x[-1], y), (x[-1], y), arrowprops=dict(arrowstyle="->", lw=1.5))
-        axes.text((1 + share) / 2 * x[-1], y + 0.06, f"same loss at {share:.0%}\nof the tokens",
-                  ha="center", va="bottom")
+        axes.text(share * x[-1] - 0.03, y - 0.05, f"same loss at {share:.0%}\nof the tokens",
+                  ha="right", va="top")
     n = len(runs["engram"])
     axes.set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)",
              title=f"Equal parameters, equal compute: {n} seeds thin, mean bold",

@@ -5,9 +5,8 @@ Train a transformer with Engram and its MoE-only twin of equal parameters and co
     python train.py --model engram --steps 2000 --rho 0.5 --out_dir out2
     python train.py --resume                 # the same command again, after a crash or Ctrl-C
 
-The idea: a share of the sparse parameters sits in routed experts or in a table that is looked up;
-the MoE-only twin's shared expert is widened until active parameters agree too. Same data, order
-and steps: the gap between the two curves is the memory's, up to the noise of seeds.
+The idea: a share of the sparse parameters sits in experts or in a table. Total and active ones,
+data and steps being equal, the gap between the curves is the memory's, up to the noise of seeds.
 """
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -148,7 +147,7 @@ def autocast(cfg):
 
 def find_data(cfg):
     """-> name of the data set, prepared if need be; what was done otherwise than asked, or None."""
-    name, note = cfg.dataset, None
+    name = cfg.dataset
     if name == "auto":
         name = "tinystories" if cfg.device.startswith("cuda") else "python"
     if name in DEFAULT_MB and not (Path(cfg.data_dir) / name / "meta.json").exists():
@@ -157,10 +156,10 @@ def find_data(cfg):
         except Offline as error:
             if cfg.dataset != "auto":
                 raise
-            note, name = f"{name}: {error}; using python instead", "python"
+            note = f"{name}: {error}; using python instead"
             print(note)
-            prepare(name, data_dir=cfg.data_dir)
-    return name, note
+            return find_data(replace(cfg, dataset="python"))[0], note
+    return name, None
 
 
 class Data:
