@@ -10,6 +10,7 @@ The idea: cached decoding. Each token is computed once; keys, values, the last n
 convolution's tail are carried on (model.Cache).
 """
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 import argparse
 import codecs
@@ -102,13 +103,13 @@ def token_losses(model, x, y, batch_size, autocast, memory=True):
 def watch(model):
     """-> per memory layer a list that grows with each forward pass by (alpha [B, T], |what the
     memory adds| / |h|)."""
-    seen, hooks = [], []
-    for engram in model.engrams():
-        def look(engram, args, out, log=[]):
-            h, read = args[:2]
-            log.append((engram.gate(h, lookup(read)).float().squeeze(-1), out.norm() / h.norm()))
-        seen.append(look.__defaults__[0])
-        hooks.append(engram.register_forward_hook(look))
+    def look(log, engram, args, out):
+        h, read = args[:2]
+        log.append((engram.gate(h, lookup(read)).float().squeeze(-1), out.norm() / h.norm()))
+
+    seen = [[] for _ in model.engrams()]
+    hooks = [engram.register_forward_hook(partial(look, log))
+             for engram, log in zip(model.engrams(), seen)]
     try:
         yield seen
     finally:

@@ -1241,6 +1241,26 @@ def test_interval():
     assert mean == pytest.approx(7 / 3) and half == pytest.approx(4.303 * 1.527525 / 3 ** 0.5)
 
 
+def test_a_sweep_runs_what_is_missing(corpus, tmp_path, monkeypatch, capsys):
+    """A finished run trained again, an unfinished one taken for a result."""
+    monkeypatch.chdir(tmp_path)
+    flags = " ".join(["--model moe", *corpus, *TINY])
+    monkeypatch.setattr(sweep, "ARMS", {"moe": (flags, "moe", "twin")})
+    sweep.run(Path("results"), "moe", 0.002, 5)
+    path = Path("results/moe_lr0.002_seed5.jsonl")
+    whole, when = path.read_text(), path.stat().st_mtime_ns
+    header, records = sweep.log_of(Path("results"), "moe", 0.002, 5)
+    assert (header["config"]["lr"], header["config"]["seed"], header["threads"]) == (0.002, 5, 1)
+    assert records[-1]["step"] == 12
+    sweep.run(Path("results"), "moe", 0.002, 5)
+    assert path.stat().st_mtime_ns == when
+    path.write_text("\n".join(whole.splitlines()[:-1]) + "\n")
+    assert sweep.log_of(Path("results"), "moe", 0.002, 5) is None
+    sweep.run(Path("results"), "moe", 0.002, 5)
+    assert path.read_text() != whole and sweep.log_of(Path("results"), "moe", 0.002, 5)
+    assert "run without --plot" in refused(capsys, sweep.main, "twins", "--plot")
+
+
 def test_the_readme_is_the_result(tmp_path):
     """A table in the README that no log supports."""
     lines = sweep.twins(HERE / "results" / "twins", tmp_path / "twins.png")
