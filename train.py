@@ -277,8 +277,8 @@ def describe(name, model, cfg, data):
     """-> the first record of a log: all that is needed to understand and repeat the run."""
     git = f"git -C {shlex.quote(str(Path(__file__).resolve().parent))} describe --always --dirty"
     known = {k: v for k, v in data.meta.items() if k not in ("tokenizer", "args")}
-    return {"command": shlex.join(["train.py", *sys.argv[1:]]), "model": name, "config": asdict(cfg),
-            "shape": asdict(model.cfg), "accounting": model.accounting(),
+    return {"command": shlex.join(["train.py", *sys.argv[1:]]), "model": name,
+            "config": asdict(cfg), "shape": asdict(model.cfg), "accounting": model.accounting(),
             "parameters_by_kind": model.parameters_by_kind(), "data": {**known, "note": data.note},
             "copyable_tokens": int(data.copyable.sum()), "commit": subprocess.getoutput(git),
             "python": platform.python_version(), "torch": str(torch.__version__),
