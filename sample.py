@@ -68,15 +68,14 @@ def generate(model, idx, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, g
         yield idx.item()
 
 
-def complete(model, enc, prompt="", seed=0, **how):
-    """Yield (token, text) that continue prompt, or begin a document; an end of text is the last.
-    Bytes that are not yet a whole character wait for the rest of it."""
+def complete(model, enc, ids, seed=0, **how):
+    """Yield (token, text) that continue ids (an end of text and a prompt); an end of text is the
+    last. Bytes that are not yet a whole character wait for the rest of it."""
     model.eval()
     device = model.embed.weight.device
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    idx = torch.tensor([[enc.eot_token] + enc.encode_ordinary(prompt)], device=device)
     generator = torch.Generator(device).manual_seed(seed)
-    for token in generate(model, idx, generator=generator, **how):
+    for token in generate(model, torch.tensor([ids], device=device), generator=generator, **how):
         if token == enc.eot_token:
             yield token, ""
             return
@@ -88,6 +87,7 @@ def complete(model, enc, prompt="", seed=0, **how):
 @torch.no_grad()
 def token_losses(model, x, y, batch_size, autocast, memory=True):
     """-> nats for each token [n, T], in fp32, on the CPU; with the memory or without."""
+    training = model.training
     model.eval()
     device, losses = model.embed.weight.device, []
     for x, y in zip(x.split(batch_size), y.split(batch_size)):
@@ -95,7 +95,7 @@ def token_losses(model, x, y, batch_size, autocast, memory=True):
             logits = model(x.to(device), reads=None if memory else [])[0].float().flatten(0, 1)
         nats = F.cross_entropy(logits, y.to(device).flatten(), reduction="none")
         losses.append(nats.view(y.shape).cpu())
-    model.train()
+    model.train(training)
     return torch.cat(losses)
 
 
@@ -146,44 +146,30 @@ def shaded(spans, low, high, colour):
 
 def draw(spans, low, high, title, path, columns=90, size=9):
     """The same as a picture: a grid of characters, each token on its background."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    cells, row, column = [], 2, 0                              # row, column, text, value
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    cells, row, column = [], 2, 0
     for text, value in spans:
-        for part in text.replace("\t", "    ").replace("\n", "↵\n").splitlines(keepends=True):
-            shown = part.rstrip("\n")
-            while shown:
-                if column >= columns:
-                    row, column = row + 1, 0
-                piece, shown = shown[:columns - column], shown[columns - column:]
-                cells.append((row, column, piece, value))
-                column += len(piece)
-            if part.endswith("\n"):
+        for c in text.replace("\t", "    ").replace("\n", "↵\n"):
+            if c == "\n" or column == columns:
                 row, column = row + 1, 0
+            if c != "\n":
+                cells.append((row, column, c, value))
+                column += 1
     # a character of the monospaced font is 0.602 of its size wide; lines are 1.5 apart
-    figure = plt.figure(figsize=((columns + 2) * 0.602 * size / 72, (row + 1.5) * 1.5 * size / 72))
+    figure = Figure(figsize=((columns + 2) * 0.602 * size / 72, (row + 1.5) * 1.5 * size / 72))
     axes = figure.add_axes([0, 0, 1, 1], xlim=(-1, columns + 1), ylim=(row + 1.5, 0))
     axes.axis("off")
-    write = dict(family="monospace", va="center", parse_math=False)
-    axes.text(0, 0.8, title, fontsize=size, **write)
-    for row, column, piece, value in cells:
-        face = [c / 255 for c in tint((value - low) / (high - low))]
-        axes.add_patch(plt.Rectangle((column, row - 0.5), len(piece), 1, facecolor=face))
-        axes.text(column, row, piece, fontsize=size, **write)
+    write = dict(family="monospace", fontsize=size, va="center", parse_math=False)
+    axes.text(0, 0.8, title, **write)
+    for row, column, c, value in cells:
+        face = [v / 255 for v in tint((value - low) / (high - low))]
+        axes.add_patch(Rectangle((column, row - 0.5), 1, 1, facecolor=face, linewidth=0))
+        axes.text(column, row, c, **write)
     try:
         figure.savefig(path, dpi=150, format="png")
     except OSError as error:
         fail(f"{path} could not be written: {error.strerror}")
-    plt.close(figure)
-
-
-def nats_saved(model, ids):
-    """ids of a text, with its end of text before it -> loss with the memory, and saved by it: nats
-    for each token after the first."""
-    x, y = torch.tensor([ids[:-1]]), torch.tensor([ids[1:]])
-    on, off = (token_losses(model, x, y, 1, nullcontext(), m)[0] for m in (True, False))
-    return on, off - on
 
 
 FULL = 2.0         # nats saved at which a token is fully shaded
@@ -193,12 +179,14 @@ def show(args, saved, model, enc, ids, n_prompt):
     """The text once more, shaded as --memory or --gates ask; as a picture with --png."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     if args.memory:
-        on, gain = nats_saved(model, ids)
+        xy = torch.tensor([ids[:-1]]), torch.tensor([ids[1:]])
+        on, off = (token_losses(model, *xy, 1, nullcontext(), m)[0] for m in (True, False))
+        gain = off - on
         low, high, title = 0, FULL, f"nats saved by the memory: white 0, blue {FULL:g}, orange lost"
         spans = spans_of(enc, ids[1:], gain)
         parts = (("prompt", slice(n_prompt)), ("what it wrote", slice(n_prompt, None)))
         lines = [f"{name}: {len(on[part])} tokens, {on[part].mean():.3f} nats per token with the "
-                 f"memory, {(on + gain)[part].mean():.3f} without: {gain[part].sum():+.1f} saved"
+                 f"memory, {off[part].mean():.3f} without: {gain[part].sum():+.1f} saved"
                  for name, part in parts if len(on[part])]
     else:
         with torch.no_grad(), watch(model) as seen:
@@ -228,34 +216,33 @@ def report(models, data, batch_size, autocast):
     if "engram" not in models:
         (name, model), = models.items()
         return ["", f"A sample of {name}:", "".join(
-            text for _, text in complete(model, enc, max_new_tokens=100))]
+            text for _, text in complete(model, enc, [enc.eot_token], max_new_tokens=100))]
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     model = models["engram"]
     on = token_losses(model, x, y, batch_size, autocast)
-    arms = {"memory off": token_losses(model, x, y, batch_size, autocast, memory=False)}
+    arms = {"off - on": token_losses(model, x, y, batch_size, autocast, memory=False)}
     if "moe" in models:
-        arms["moe twin"] = token_losses(models["moe"], x, y, batch_size, autocast)
-    loss, off = on.mean(), arms["memory off"].mean()
+        arms["moe - engram"] = token_losses(models["moe"], x, y, batch_size, autocast)
+    loss, off = on.mean(), arms["off - on"].mean()
     lines = ["", f"Memory switched off, same weights: {loss:.4f} -> {off:.4f} nats "
-             f"({off - loss:+.4f}; the rest has come to lean on it)",
+             f"({off - loss:+.4f}; not its worth, as the rest was trained with it)",
              f"{'2-gram seen in training':24s}{'tokens':>8s}{'engram':>9s}"
-             + "".join(f"{name:>12s}" for name in arms)]
+             + "".join(f"{name:>14s}" for name in arms)]
     ends = [low for low, _ in BUCKETS[1:]] + [math.inf]
     for (low, name), end in zip(BUCKETS, ends):
         here = (data.seen >= low) & (data.seen < end)
         if here.any():
             lines.append(f"{name:>24s}{here.float().mean():8.1%}{on[here].mean():9.3f}" + "".join(
-                f"{(arm - on)[here].mean():+12.3f}" for arm in arms.values()))
-    ids = [*x[0, :1].tolist(), *y[0, :40].tolist()]
-    spans = spans_of(enc, ids[1:], (arms["memory off"] - on)[0])
+                f"{(arm - on)[here].mean():+14.3f}" for arm in arms.values()))
+    spans = spans_of(enc, y[0, :40].tolist(), (arms["off - on"] - on)[0])
     how = f"shaded by (blue: {FULL:g} or more, orange: lost)" if colour else "followed by"
     lines += ["", f"Validation text, each token {how} the nats the memory saved on it:",
               shaded(spans, 0, FULL, colour)]
-    prompt = enc.decode(y[0, :12].tolist())
+    ids = x[0, :13].tolist()
     for memory in (True, False):
-        text = "".join(t for _, t in complete(model, enc, prompt, max_new_tokens=50, memory=memory))
+        text = "".join(t for _, t in complete(model, enc, ids, max_new_tokens=50, memory=memory))
         lines += ["", f"Its first 12 tokens continued, memory {'on' if memory else 'off'}:",
-                  prompt + text]
+                  enc.decode(ids[1:]) + text]
     return lines
 
 
@@ -307,37 +294,57 @@ def compare(out_dir):
                     for row in zip(titles, *columns)]
     if "engram" in runs and "moe" in runs:
         (ha, a), (hb, b) = runs["engram"], runs["moe"]
-        free = dict.fromkeys("resume model out_dir data_dir dataset preset".split())
-        same = lambda h, r: {**h["config"], **free, "data": h["data"]["train"],
-                             "tokens": r[-1]["tokens"]}
+        free = "resume model out_dir data_dir dataset preset engram n_expert shared_hidden".split()
+        same = lambda h, r: {k: v for k, v in {
+            **h["config"], **h["shape"], "data": h["data"]["train"], "tokens": r[-1]["tokens"],
+            }.items() if k not in free}
         x, y = same(ha, a), same(hb, b)
-        if x != y:
-            return lines + ["these are no twins: they differ in "
-                            + ", ".join(f"{k} ({x[k]}, {y[k]})" for k in x if x[k] != y[k])]
+        for key in ("P_tot", "P_act"):
+            p, q = ha["accounting"][key], hb["accounting"][key]
+            if abs(p / q - 1) > 0.01:
+                x[key], y[key] = p, q
+        if differ := [f"{k} ({v}, {y.get(k)})" for k, v in x.items() if v != y.get(k)]:
+            return lines + [f"these are no twins: they differ in {', '.join(differ)}"]
         gap, at = a[-1]["val_loss"] - b[-1]["val_loss"], crossing(a, b[-1]["val_loss"])
-        lines.append(f"difference {gap:+.4f} nats per token (engram - moe; one pair of seeds)")
+        lines.append(f"difference {gap:+.4f} nats per token (engram - moe; n=1, seed {x['seed']})")
         lines.append("engram did not reach the twin's final loss" if at is None else
                      f"engram passed the twin's final loss at {at[0] / b[-1]['tokens']:.0%} of the "
-                     f"tokens and {at[1] / b[-1]['seconds']:.0%} of the wall clock")
+                     f"tokens and {at[1] / b[-1]['seconds']:.0%} of the training time")
     return lines
 
 
 def plot(out_dir):
     """Write out_dir/loss.png."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7, 4.5), layout="tight")
+    axes = figure.subplots()
     for (name, (_, records)), style in zip(read_logs(out_dir).items(), ("-", "--", ":")):
         axes.plot(*zip(*((r["tokens"], r["val_loss"]) for r in records)), style, label=name)
     axes.set(xlabel="training tokens", ylabel="validation loss (nats per token)")
     axes.legend()
-    figure.tight_layout()
     try:
         figure.savefig(Path(out_dir) / "loss.png", dpi=120)
     except OSError as error:
         fail(f"{out_dir}/loss.png could not be written: {error.strerror}")
-    plt.close(figure)
+
+
+def write(args, model, enc, start, seed):
+    """Print one sample as it is made -> its ids, those of start (the prompt) included."""
+    ids, began = list(start), time.perf_counter()
+    print("-" * 20 + "\n" if seed > args.seed else "", args.prompt or "", sep="", end="")
+    for token, text in complete(model, enc, ids, seed, max_new_tokens=args.max_new_tokens,
+                                temperature=args.temperature, top_k=args.top_k, top_p=args.top_p):
+        ids.append(token)
+        print(text, end="", flush=True)
+    print(flush=True)
+    n, seconds, why = len(ids) - len(start), time.perf_counter() - began, "max_new_tokens reached"
+    if ids[-1] == enc.eot_token:
+        ids, why = ids[:-1], "end of text"
+    elif len(ids) == model.cfg.block_size:
+        why = f"the context of {len(ids)} tokens is full"
+    print(f"[seed {seed}: {n} tokens, {n / seconds:.0f} tokens/s; stopped: {why}]",
+          file=sys.stderr)                                      # it is not part of the text
+    return ids
 
 
 def main(argv=None):
@@ -369,7 +376,7 @@ def main(argv=None):
         if not low <= getattr(args, name) <= high:
             fail(f"{name} {getattr(args, name)}: must be from {low:g} to {high:g}")
     if args.png and (not (args.memory or args.gates) or args.num_samples > 1):
-        fail("--png draws what --memory or --gates show of one sample: add one of them")
+        fail("--png needs --memory or --gates, and one sample")
     if args.prompt == "":
         fail("the prompt is empty; leave --prompt out and a document begins from its start")
     saved, model = load_checkpoint(Path(args.out_dir) / args.model / "ckpt.pt")
@@ -384,25 +391,11 @@ def main(argv=None):
     if len(start) >= block_size:
         fail(f"the prompt has {len(start)} tokens with the end of text before it, the context "
              f"{block_size}: shorten it")
-    if not prompt and not args.max_new_tokens:
-        fail("max_new_tokens 0 and no --prompt: nothing to do")
+    if not args.max_new_tokens and not (prompt and (args.memory or args.gates)):
+        fail("max_new_tokens 0 is for --memory or --gates on a --prompt: nothing to do")
     for i in range(args.num_samples):
-        ids, began = list(start), time.perf_counter()
-        print("-" * 20 + "\n" if i else "", prompt, sep="", end="", flush=True)
-        for token, text in complete(model, enc, prompt, args.seed + i, temperature=args.temperature,
-                                    max_new_tokens=args.max_new_tokens, top_k=args.top_k,
-                                    top_p=args.top_p):
-            ids.append(token)
-            print(text, end="", flush=True)
-        n, seconds = len(ids) - len(start), time.perf_counter() - began
-        why = "end of text" if ids[-1] == enc.eot_token and n else \
-            f"the context of {block_size} tokens is full" if len(ids) == block_size else \
-            "max_new_tokens reached"
-        print(flush=True)
-        print(f"[seed {args.seed + i}: {n} tokens, {n / seconds:.0f} tokens/s; stopped: {why}]",
-              file=sys.stderr)                          # not part of the text
+        ids = write(args, model, enc, start, args.seed + i) if args.max_new_tokens else start
         if args.memory or args.gates:
-            ids = ids[:-1] if why == "end of text" else ids
             show(args, saved, model, enc, ids, len(start) - 1)
 
 

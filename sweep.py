@@ -1,7 +1,7 @@
 """
 Experiments of many runs: train what is missing, then a table and a figure. Optional reading.
 
-    python sweep.py twins            # a night on 2 cores, less on more; interrupt it, go on later
+    python sweep.py twins            # 2 hours on 2 cores; interrupted, it goes on where it was
     python sweep.py twins --plot     # table and figure again from results/twins/, no training
 
 The idea: a run is named by what it is, goes through train.py as a user's would, and leaves its log
@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 
-from prepare_data import fail, script
+from prepare_data import fail, prepare, script
 from sample import crossing, read_log
 
 HERE = Path(__file__).resolve().parent
@@ -27,6 +27,7 @@ ARMS = {  # the fair result and its controls: name -> flags, whose rate it takes
     "fewer": ("--model moe --n_expert 6", "moe", "MoE-only, 3/4 of the experts"),
     "token": ("--model engram --engram_orders 1 --engram_heads 8", "engram",
               "table addressed by the current token alone")}
+SAME = "--preset laptop --device cpu --dtype bfloat16 --dataset python"
 LONG = "--steps 4800 --eval_every 300"
 # 97.5th percentile of Student's t by degrees of freedom
 T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -40,18 +41,36 @@ def interval(values):
 
 # ---- runs ---------------------------------------------------------------------------------------
 
+def name_of(arm, rate, seed, long):
+    return f"{arm}{'_long' * long}_lr{rate:g}_seed{seed}"
+
+
 def log_of(folder, arm, rate, seed, long=False):
     """-> (header, records) of a finished run, or None."""
-    run = read_log(folder / f"{arm}{'_long' * long}_lr{rate:g}_seed{seed}.jsonl")
+    run = read_log(folder / f"{name_of(arm, rate, seed, long)}.jsonl")
     return run if run and run[1][-1]["step"] == run[0]["config"]["steps"] else None
+
+
+def check_alike(folder):
+    """Runs of other data, another torch or another machine do not belong in one table."""
+    kinds = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        header = read_log(path)[0]
+        kind = {k: header["config"][k] for k in ("preset", "dtype", "tokens_per_step", "table_lr")}
+        kind.update({k: header[k] for k in ("torch", "device", "threads")},
+                    train=header["data"]["train"]["sha256"], val=header["data"]["val"]["sha256"])
+        kinds.setdefault(str(kind), path.name)
+    if len(kinds) > 1:
+        fail(f"{' and '.join(kinds.values())} are not alike: {' and '.join(kinds)}; begin anew in "
+             "another folder (--results)")
 
 
 def run(folder, arm, rate, seed, long=False):
     """Train one run, or finish it, unless it is there: one thread on a CPU."""
     if log_of(folder, arm, rate, seed, long):
         return
-    flags = f"{ARMS[arm][0]} --lr {rate:g} --seed {seed} --dtype bfloat16 {LONG * long}".split()
-    name = f"{arm}{'_long' * long}_lr{rate:g}_seed{seed}"
+    flags = f"{ARMS[arm][0]} --lr {rate:g} --seed {seed} {SAME} {LONG * long}".split()
+    name = name_of(arm, rate, seed, long)
     out, model = Path("runs") / name, flags[1]
     resume = ["--resume"] * (out / model / "ckpt.pt").exists()
     out.mkdir(parents=True, exist_ok=True)
@@ -67,6 +86,8 @@ def run(folder, arm, rate, seed, long=False):
 
 
 def run_twins(folder):
+    if not Path("data/python/meta.json").exists():
+        prepare("python")                  # once, before two runs would
     with ThreadPoolExecutor(2) as pool:
         each = lambda runs: list(pool.map(lambda r: run(folder, *r), runs))
         each([(arm, rate, TUNING_SEED) for rate in RATES for arm in ("engram", "moe")])
@@ -93,16 +114,17 @@ def best_rates(folder):
 
 def twins(folder, picture):
     """Draw the curves -> the table's lines, in Markdown, and what belongs to it."""
+    check_alike(folder)
     best = best_rates(folder)
     runs = {arm: {seed: r for seed in SEEDS if (r := log_of(folder, arm, best[ARMS[arm][1]], seed))}
             for arm in ARMS}
     if len(runs["engram"]) < 2 or runs["engram"].keys() != runs["moe"].keys():
         fail(f"{folder} needs both twins of the same seeds, at least two; run without --plot")
     last = lambda arm, seed, key="val_loss": runs[arm][seed][1][-1][key]
-    lines = ["| model | P_tot | P_act | n | loss | against the MoE-only twin | bits per byte |",
-             "|---|---|---|---|---|---|---|"]
+    lines = ["| model | P_tot | P_act | n | loss, nats (sd) | minus the twin's, paired, 95 % (t) | "
+             "bits per byte |", "|---|---|---|---|---|---|---|"]
     for arm, (_, _, title) in ARMS.items():
-        seeds = list(runs[arm])
+        seeds = [s for s in runs[arm] if s in runs["moe"]]
         if len(seeds) < 2:
             continue
         mean = {key: statistics.mean(last(arm, s, key) for s in seeds)
@@ -111,8 +133,9 @@ def twins(folder, picture):
         if arm != "moe":
             gap, half = interval([last(arm, s) - last("moe", s) for s in seeds])
             against = f"{gap:+.3f} ± {half:.3f}"
+        sd = statistics.stdev(last(arm, s) for s in seeds)
         lines.append(f"| {title} | {count['P_tot']:,} | {count['P_act']:,} | {len(seeds)} | "
-                     f"{mean['val_loss']:.3f} | {against} | {mean['val_bpb']:.3f} |")
+                     f"{mean['val_loss']:.3f} ({sd:.3f}) | {against} | {mean['val_bpb']:.3f} |")
     shares = []
     for s in runs["moe"]:
         end = runs["moe"][s][1][-1]
@@ -122,7 +145,7 @@ def twins(folder, picture):
     if shares:
         tokens, clock = ([f"{f(x):.0%}" for f in (statistics.mean, min, max)] for x in zip(*shares))
         lines[-1] += (f", at {tokens[0]} of the tokens ({tokens[1]} to {tokens[2]}) and {clock[0]} "
-                      f"of the wall clock ({clock[1]} to {clock[2]})")
+                      f"of the training time ({clock[1]} to {clock[2]})")
     lines[-1] += "."
     for key, unit, of in (("peak_bytes", 1e9, "Peak memory, GB"),
                           ("copy_loss", 1, "Loss on copyable tokens at the end")):
@@ -134,7 +157,7 @@ def twins(folder, picture):
         *(losses[i] for losses in spread for i in (0, -1))))
     for arm in ("engram", "moe"):
         tried = {rate: log_of(folder, arm, rate, TUNING_SEED)[1][-1]["val_loss"] for rate in RATES}
-        lines.append(f"Learning rates tried for the {ARMS[arm][2]}, seed {TUNING_SEED}: "
+        lines.append(f"Learning rates tried, {ARMS[arm][2]}, seed {TUNING_SEED}: "
                      + ", ".join(f"{rate:g} {loss:.3f}" for rate, loss in tried.items()) + ".")
     long = [log_of(folder, arm, best[arm], SEEDS[0], True) for arm in ("engram", "moe")]
     if all(long):
@@ -151,10 +174,9 @@ def twins(folder, picture):
 
 
 def draw(runs, shares, picture):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(7, 4))
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7, 4), layout="tight")
+    axes = figure.subplots()
     means = {}
     for arm, colour, style in (("engram", "tab:blue", "-"), ("moe", "tab:orange", "--")):
         curves = [[r["val_loss"] for r in records] for _, records in runs[arm].values()]
@@ -163,7 +185,7 @@ def draw(runs, shares, picture):
             axes.plot(x, curve, style, color=colour, lw=0.6, alpha=0.5)
         means[arm] = [statistics.mean(losses) for losses in zip(*curves)]
         axes.plot(x, means[arm], style, color=colour, lw=2.5, label=ARMS[arm][2])
-    if shares:
+    if len(shares) == len(runs["moe"]):
         share, y = statistics.mean(s[0] for s in shares), means["moe"][-1]
         axes.annotate("", (share * x[-1], y), (x[-1], y), arrowprops=dict(arrowstyle="->", lw=1.5))
         axes.text(share * x[-1] - 0.03, y - 0.05, f"same loss at {share:.0%}\nof the tokens",
@@ -173,9 +195,7 @@ def draw(runs, shares, picture):
              title=f"Equal parameters, equal compute: {n} seeds thin, mean bold",
              ylim=(min(means["engram"]) - 0.15, means["moe"][1]))
     axes.legend()
-    figure.tight_layout()
     figure.savefig(picture, dpi=110)
-    plt.close(figure)
 
 
 def main(argv=None):

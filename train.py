@@ -45,7 +45,7 @@ class Config:
     data_dir: str = opt("data", "where prepare_data.py writes")
     out_dir: str = opt("out", "logs, checkpoints and loss.png go here")
     device: str = opt("auto", "cpu, cuda, cuda:1, ...")
-    dtype: str = opt("auto", "bfloat16: by autocast; auto: the faster, timed at the start",
+    dtype: str = opt("auto", "bfloat16: by autocast; auto: the faster one now; to compare, name it",
                      ("auto", "float32", "bfloat16"))
     compile: bool = opt(False, "torch.compile; compiling comes first, so not for short runs")
     seed: int = opt(0, "of the initial weights and the data order")
@@ -306,7 +306,6 @@ def start(path, run, shape, cfg, data):
         return model, backbone, tables, 0, 0.0, [], header
     backbone.load_state_dict(saved["backbone"])
     tables.state = [{k: v.to(cfg.device) for k, v in state.items()} for state in saved["tables"]]
-    torch.set_rng_state(saved["rng"])
     saved["header"].setdefault("resumed", []).append(
         {k: header[k] for k in ("command", "commit", "torch", "device", "threads")})
     return model, backbone, tables, *(saved[k] for k in ("step", "seconds", "records", "header"))
@@ -338,8 +337,8 @@ def train(name, shape, cfg, data):
                 with autocast(cfg):
                     _, nats, balance = forward(x[part], y[part], [r.micro(part) for r in reads])
                 ((nats + cfg.balance_loss * balance) / len(micro)).backward()
-                loss += nats.item() / len(micro)
-            check_finite(loss, step, path)
+                loss += nats.detach() / len(micro)
+            check_finite(loss := loss.item(), step, path)         # a GPU is waited for here alone
 
             # ---- update
             missing = [n for n, p in model.named_parameters() if p.grad is None]
@@ -373,7 +372,7 @@ def train(name, shape, cfg, data):
             (json.dumps(record) + "\n").encode() for record in [header, *records]))
         write_whole(path, lambda f: torch.save({
             "model": model.state_dict(), "backbone": backbone.state_dict(), "tables": tables.state,
-            "rng": torch.get_rng_state(), "step": step, "seconds": seconds, "records": records,
+            "step": step, "seconds": seconds, "records": records,
             "tokenizer": data.meta["tokenizer"], "shape": asdict(shape), "run": run,
             "header": header}, f))
     bar.close()
@@ -420,7 +419,9 @@ def main(argv=None):
             models = {name: train(name, shapes[name], cfg, data) for name in names}
         except KeyboardInterrupt:
             again = shlex.join(["python", *sys.argv] + ["--resume"] * (not cfg.resume))
-            print(f"\nstopped; the last checkpoint is kept, go on with: {again}", file=sys.stderr)
+            kept = any((out / name / "ckpt.pt").exists() for name in names)
+            print("\nstopped" + f"; the last checkpoint is kept, go on with: {again}" * kept,
+                  file=sys.stderr)
             sys.exit(130)
         plot(out)
         print(*compare(out), f"curves: {out / 'loss.png'}",
