@@ -276,4 +276,6 @@ def make_twins(cfg, rho):
         *(f"{name:7s}P_tot {c['P_tot']:,}  P_act {c['P_act']:,}  P_tot/P_act "
           f"{c['P_tot'] / c['P_act']:.2f}  FLOPs per token {c['flops_per_token']:,}"
           for name, c in (("engram", a), ("moe", b)))]
-    return {"engram": engram, "moe": moe}, lines
+    hidden = moe.shared_hidden + k * moe.expert_hidden          # what a token uses of the twin
+    dense = replace(moe, n_expert=0, shared_hidden=hidden)
+    return {"engram": engram, "moe": moe, "dense": dense}, lines

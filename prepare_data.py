@@ -60,14 +60,18 @@ class Offline(Exception):
 
 def fail(message):
     """One line on stderr, exit code 2: the way every user's mistake ends."""
-    line = "\n" if sys.stderr.isatty() else ""  # there a progress bar may be in the way
-    print(f"{line}error: {message}", file=sys.stderr)
+    try:
+        line = "\n" if sys.stderr.isatty() else ""  # there a progress bar may be in the way
+        print(f"{line}error: {message}", file=sys.stderr)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nobody listens
     raise SystemExit(2)
 
 
 def script(main):
     """main() as a command: Ctrl-C, an output that takes no more and too little memory end in one
     line too."""
+    sys.stdout, sys.stderr = (f or open(os.devnull, "w") for f in (sys.stdout, sys.stderr))
     try:
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
         main()
@@ -76,14 +80,29 @@ def script(main):
         print("\nstopped", file=sys.stderr)
         raise SystemExit(130)
     except OSError as e:
-        if e.filename:  # a file's, not the output's: nobody foresaw it
-            raise
+        if e.filename:
+            fail(f"{e.filename}: {e.strerror}")
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at the very end
         fail(f"the output could not be written: {e.strerror}")
     except (MemoryError, RuntimeError) as e:  # torch has kinds of its own
         if not re.search("MemoryError|out of memory|allocate memory|not enough memory", repr(e)):
             raise
         fail(f"not enough memory ({' '.join(str(e).split()):.150}); take a smaller shape or batch")
+
+
+def write_whole(path, write):
+    """write(file) into a neighbour, flushed to disk and renamed: never half a file at path."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:  # RuntimeError: torch's for a full disk, or for Ctrl-C
+        if isinstance(e.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt
+        fail(f"{path} could not be written ({e}); what was there before is kept")
 
 
 @contextmanager
@@ -459,8 +478,9 @@ def check(folder):
             if size != of["size"] or size < 1e9 and sha256_of(folder / name) != of["sha256"]:
                 raise ValueError(f"{name}: {size:,} bytes, or another sha256, where meta.json says "
                                  f"{of['size']:,} bytes, sha256 {of['sha256']}")
-        if meta["tokenizer"]["kind"] == "bpe":  # gpt2's may need the network: not for a check
-            last = encoding(meta["tokenizer"]).n_vocab - 1
+        tok = meta["tokenizer"]
+        if tok["sha256"] and tok["kind"] != "gpt2":  # gpt2's may need the network: not for a check
+            last = encoding(tok).n_vocab - 1
             if (meta["vocab_size"], meta["eot"]) != (last + 1, last):
                 raise ValueError(f"its tokenizer has {last + 1} ids, the last one for {EOT}")
         return meta

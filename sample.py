@@ -37,7 +37,9 @@ def load_checkpoint(path):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         model = GPT(GPTConfig(**saved["shape"]), saved["model"]["canonical"])
         model.load_state_dict(saved["model"])
-        saved["run"], saved["header"], saved["records"][-1], saved["tokenizer"]   # all there?
+        saved["run"], saved["records"][-1], saved["tokenizer"]                    # all there?
+        if (name := saved["header"]["model"]) != path.parent.name:
+            raise ValueError(f"it holds a model {name}")
         return saved, model
     except FileNotFoundError:
         there = [p.parent.name for p in sorted(path.parent.parent.glob("*/ckpt.pt"))]
@@ -177,7 +179,7 @@ FULL = 2.0         # nats saved at which a token is fully shaded
 
 def show(args, saved, model, enc, ids, n_prompt):
     """The text once more, shaded as --memory or --gates ask; as a picture with --png."""
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     if args.memory:
         xy = torch.tensor([ids[:-1]]), torch.tensor([ids[1:]])
         on, off = (token_losses(model, *xy, 1, nullcontext(), m)[0] for m in (True, False))
@@ -193,15 +195,15 @@ def show(args, saved, model, enc, ids, n_prompt):
             model(torch.tensor([ids]))
         record = saved["records"][-1]
         low, high = (sum(record[k]) / len(seen) for k in ("gate_p5", "gate_p95"))
-        title = (f"gate, mean of {len(seen)} memory layers: white {low:.2f}, blue {high:.2f} (5th "
-                 "and 95th percentile on validation)")
+        title = (f"gate, mean of {len(seen)} memory layers: white {low:.2f}, blue {high:.2f} (5th, "
+                 "95th percentile on validation), orange less")
         lines = ["the gate hardly moves: shades show small differences"] * (high - low < 0.05)
         spans = spans_of(enc, ids[1:], sum(layer[0][0][0] for layer in seen)[1:] / len(seen))
         high = max(high, low + 1e-3)
+    print(shaded(spans, low, high, colour), title, *lines, sep="\n")
     if args.png:
         draw(spans, low, high, title, args.png)
-        lines.append(f"picture: {args.png}")
-    print(shaded(spans, low, high, colour), title, *lines, sep="\n")
+        print(f"picture: {args.png}")
 
 
 # ---- the end of a run ---------------------------------------------------------------------------
@@ -217,7 +219,7 @@ def report(models, data, batch_size, autocast):
         (name, model), = models.items()
         return ["", f"A sample of {name}:", "".join(
             text for _, text in complete(model, enc, [enc.eot_token], max_new_tokens=100))]
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     model = models["engram"]
     on = token_losses(model, x, y, batch_size, autocast)
     arms = {"off - on": token_losses(model, x, y, batch_size, autocast, memory=False)}
@@ -252,20 +254,28 @@ def read_log(path):
     """-> header, records (at least one) of a run's log; None where there is none yet."""
     try:
         lines = [json.loads(line) for line in open(path)] if path.exists() else []
-        for record in lines[1:]:
-            numbers = [record[k] for k in ("tokens", "seconds", "val_loss", "val_bpb")]
-            if not all(math.isfinite(n) and n > 0 for n in numbers):
-                raise ValueError(f"numbers that cannot be: {numbers}")
-        return (lines[0], lines[1:]) if len(lines) > 1 and lines[0]["accounting"] else None
+        for header in lines[:1]:
+            header["model"], header["shape"], header["config"]["seed"], header["data"]["train"]
+        keys = "step tokens seconds val_loss val_bpb peak_bytes".split()
+        for record, wanted in [(h["accounting"], ("P_tot", "P_act")) for h in lines[:1]] \
+                + [(record, keys) for record in lines[1:]]:
+            if not all(0 < record[k] < math.inf for k in wanted):
+                raise ValueError(f"not numbers of a run: {[record[k] for k in wanted]}")
+        return (lines[0], lines[1:]) if len(lines) > 1 else None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"{path} is not a readable log ({type(error).__name__}: {error}); --resume of its run "
-             "writes it anew")
+        fail(f"{path} is not a readable log ({type(error).__name__}: {error}); delete it, and "
+             "--resume of its run writes it anew")
 
 
 def read_logs(out_dir):
     """-> {model: (header, records)} of the runs in out_dir that have a record."""
-    paths = {name: Path(out_dir) / name / "log.jsonl" for name in ("engram", "moe", "dense")}
-    runs = {name: run for name, path in paths.items() if (run := read_log(path))}
+    runs = {}
+    for name in ("engram", "moe", "dense"):
+        path = Path(out_dir) / name / "log.jsonl"
+        if run := read_log(path):
+            runs[name] = run
+            if run[0]["model"] != name:
+                fail(f"{path} is the log of a model {run[0]['model']}; --resume writes it anew")
     if not runs:
         fail(f"no log in {out_dir}; train first: python train.py")
     return runs
@@ -375,7 +385,7 @@ def main(argv=None):
                             ("top_p", 1e-9, 1), ("num_samples", 1, 1e6), ("seed", 0, 2 ** 62)):
         if not low <= getattr(args, name) <= high:
             fail(f"{name} {getattr(args, name)}: must be from {low:g} to {high:g}")
-    if args.png and (not (args.memory or args.gates) or args.num_samples > 1):
+    if args.png is not None and (not (args.memory or args.gates) or args.num_samples > 1):
         fail("--png needs --memory or --gates, and one sample")
     if args.prompt == "":
         fail("the prompt is empty; leave --prompt out and a document begins from its start")
@@ -385,9 +395,12 @@ def main(argv=None):
         fail(f"{args.model} has no memory to show; --memory and --gates are for --model engram")
     try:
         enc = encoding(saved["tokenizer"])
-        start = [enc.eot_token] + enc.encode_ordinary(prompt)
-    except (Offline, ValueError) as error:                     # ValueError: not valid Unicode
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        fail(f"the prompt is not valid UTF-8 at character {error.start}")
+    except (Offline, ValueError) as error:
         fail(error)
+    start = [enc.eot_token] + enc.encode_ordinary(prompt)
     if len(start) >= block_size:
         fail(f"the prompt has {len(start)} tokens with the end of text before it, the context "
              f"{block_size}: shorten it")

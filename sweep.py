@@ -47,8 +47,14 @@ def name_of(arm, rate, seed, long):
 
 def log_of(folder, arm, rate, seed, long=False):
     """-> (header, records) of a finished run, or None."""
-    run = read_log(folder / f"{name_of(arm, rate, seed, long)}.jsonl")
-    return run if run and run[1][-1]["step"] == run[0]["config"]["steps"] else None
+    path = folder / f"{name_of(arm, rate, seed, long)}.jsonl"
+    if not (run := read_log(path)):
+        return None
+    cfg = run[0]["config"]
+    if (cfg["model"], cfg["lr"], cfg["seed"]) != (ARMS[arm][0].split()[1], rate, seed):
+        fail(f"{path} is the log of another run: {run[0]['command']}; delete it")
+    whole = len(run[1]) == -(-cfg["steps"] // cfg["eval_every"])
+    return run if whole and run[1][-1]["step"] == cfg["steps"] else None
 
 
 def check_alike(folder):
@@ -78,6 +84,8 @@ def run(folder, arm, rate, seed, long=False):
         done = subprocess.run(
             [sys.executable, HERE / "train.py", *flags, "--out_dir", out, *resume], stdout=printed,
             stderr=printed, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode in (130, -2):
+        raise KeyboardInterrupt
     if done.returncode:
         fail(f"{name} ended with exit code {done.returncode}: see {out}.txt")
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,14 +155,16 @@ def twins(folder, picture):
         lines[-1] += (f", at {tokens[0]} of the tokens ({tokens[1]} to {tokens[2]}) and {clock[0]} "
                       f"of the training time ({clock[1]} to {clock[2]})")
     lines[-1] += "."
-    for key, unit, of in (("peak_bytes", 1e9, "Peak memory, GB"),
-                          ("copy_loss", 1, "Loss on copyable tokens at the end")):
-        spread = (sorted(last(arm, s, key) / unit for s in runs[arm]) for arm in ("engram", "moe"))
-        lines.append(f"{of}: " + ", ".join(f"{arm} {v[0]:.1f} to {v[-1]:.1f}" for arm, v in
-                                           zip(("Engram", "twin"), spread)) + ".")
-    spread = [sorted(last(arm, s) for s in runs[arm]) for arm in ("engram", "moe")]
+    spread = lambda arm, key, unit: "{:.1f} to {:.1f}".format(
+        *(f([last(arm, s, key) / unit for s in runs[arm]]) for f in (min, max)))
+    for key, unit, of in (("peak_bytes", 1e9, "Peak memory, GB (the process, data preparation "
+                           "included)"), ("copy_loss", 1, "Loss on copyable tokens at the end")):
+        if all(last(arm, s, key) is not None for arm in ("engram", "moe") for s in runs[arm]):
+            lines.append(f"{of}: Engram {spread('engram', key, unit)}, twin "
+                         f"{spread('moe', key, unit)}.")
+    ends = [[last(arm, s) for s in runs[arm]] for arm in ("engram", "moe")]
     lines.append("Final losses: Engram {:.2f} to {:.2f}, twin {:.2f} to {:.2f}.".format(
-        *(losses[i] for losses in spread for i in (0, -1))))
+        *(f(losses) for losses in ends for f in (min, max))))
     for arm in ("engram", "moe"):
         tried = {rate: log_of(folder, arm, rate, TUNING_SEED)[1][-1]["val_loss"] for rate in RATES}
         lines.append(f"Learning rates tried, {ARMS[arm][2]}, seed {TUNING_SEED}: "
@@ -163,12 +173,14 @@ def twins(folder, picture):
     if all(long):
         a, b = (r[1][-1] for r in long)
         at = crossing(long[0][1], b["val_loss"])
+        copy = " and ".join("none" if r["copy_loss"] is None else f"{r['copy_loss']:.1f}"
+                            for r in (a, b))
         lines.append(f"At {a['tokens'] / 1e6:.1f}M tokens (n=1, seed {SEEDS[0]}): "
                      f"{a['val_loss']:.3f} and {b['val_loss']:.3f}, "
                      f"{a['val_loss'] - b['val_loss']:+.3f}, "
                      + (f"twin's loss reached at {at[0] / b['tokens']:.0%} of the tokens; "
                         if at else "twin's loss not reached; ") +
-                     f"loss on copyable tokens {a['copy_loss']:.1f} and {b['copy_loss']:.1f}.")
+                     f"loss on copyable tokens {copy}.")
     draw(runs, shares, picture)
     return lines
 

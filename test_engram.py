@@ -876,6 +876,19 @@ def test_a_full_disk_keeps_the_last_checkpoint(corpus, tmp_path, capsys):
     assert not (tmp_path / "moe" / "ckpt.pt").exists()
 
 
+def test_ctrl_c_while_a_checkpoint_is_written(tmp_path):
+    """torch's writer turns it into a RuntimeError: a stop reported as a full disk."""
+    def write(file):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise RuntimeError("unexpected pos")
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare_data.write_whole(tmp_path / "a", write)
+    assert not (tmp_path / "a").exists()
+
+
 def test_checkpoints_that_do_not_fit_are_refused(corpus, tmp_path, capsys):
     """Resuming with other flags, another tokenizer, half a file or no file."""
     argv = [*corpus, *TINY, "--model", "moe", "--out_dir", tmp_path]
@@ -1161,7 +1174,7 @@ def test_usual_mistakes_in_sampling(trained, capsys, argv, part):
     assert part in refused(capsys, sample_script.main, *argv)
 
 
-def test_damaged_files_are_refused(trained, tmp_path, capsys):
+def test_damaged_files_are_refused(corpus, trained, tmp_path, capsys):
     """A flipped bit that becomes a strange model, a log that becomes a strange table."""
     shutil.copytree(trained, tmp_path / "out")
     path = tmp_path / "out" / "engram" / "ckpt.pt"
@@ -1180,6 +1193,14 @@ def test_damaged_files_are_refused(trained, tmp_path, capsys):
                 re.sub('"val_loss": [0-9.]+', '"val_loss": NaN', whole)):
         path.write_text(bad)
         assert "not a readable log" in refused(capsys, sample_script.main, *argv, "--table")
+    run(*corpus, *TINY, "--model", "moe", "--out_dir", tmp_path / "out", "--resume")
+    assert path.read_text().splitlines()[1:] == whole.splitlines()[1:], "as the message promised"
+    shutil.copy(trained / "moe" / "ckpt.pt", tmp_path / "out" / "engram")
+    assert "holds a model moe" in refused(capsys, sample_script.main, *argv)
+    shutil.copy(path, tmp_path / "out" / "engram")
+    assert "log of a model moe" in refused(capsys, sample_script.main, *argv, "--table")
+    assert "not valid UTF-8 at character 2" in refused(
+        capsys, sample_script.main, "--out_dir", trained, "--prompt", "ca\udce9")
     (tmp_path / "file").touch()
     for where in (tmp_path / "file", tmp_path / "file" / "x"):
         assert "file" in refused(capsys, sample_script.main, "--out_dir", where)
@@ -1204,6 +1225,10 @@ def test_an_output_that_takes_no_more(trained):
         last = done.stderr.strip().splitlines()[-1]
         assert done.returncode == 2 and last.startswith("error: the output could not be written")
         assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    for quiet in ("2>/dev/full >/dev/null", "2>&1 >/dev/null | true", ">&-"):
+        done = shell(f"$PY sample.py --out_dir {trained} --seed -1 {quiet};"
+                     " exit ${PIPESTATUS[0]}")
+        assert done.returncode == 2 and "Traceback" not in done.stderr, quiet
     done = shell(f"$PY sample.py --out_dir {trained} --prompt \u21b5 --max_new_tokens 1",
                  PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and done.stdout.startswith("?"), done.stderr
@@ -1258,7 +1283,7 @@ def test_a_sweep_runs_what_is_missing(corpus, tmp_path, monkeypatch, capsys):
     path.write_text("\n".join(whole.splitlines()[:-1]) + "\n")
     assert sweep.log_of(Path("results"), "moe", 0.002, 5) is None
     sweep.run(Path("results"), "moe", 0.002, 5)
-    assert path.read_text() == whole           # the checkpoint in runs/ had it all
+    assert path.read_text().splitlines()[1:] == whole.splitlines()[1:]     # from runs/
     assert "run without --plot" in refused(capsys, sweep.main, "twins", "--plot")
 
 

@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 from engram import EngramConfig, RowAdam, canonical_ids, opt
 from model import GPT, GPTConfig, make_twins
-from prepare_data import (DEFAULT_MB, Offline, encoding, fail, load, lock, prepare, script,
-                          token_bytes)
-from sample import compare, complete, load_checkpoint, plot, report, token_losses, watch
+from prepare_data import (DEFAULT_MB, Offline, fail, load, lock, prepare, script, token_bytes,
+                          write_whole)
+from sample import compare, load_checkpoint, plot, report, token_losses, watch
 
 
 @dataclass
@@ -260,19 +260,6 @@ def learning_rate(step, cfg):
     return cfg.lr * (cfg.min_lr + (1 - cfg.min_lr) * (1 + math.cos(math.pi * share)) / 2)
 
 
-def write_whole(path, write):
-    """write(file) into a neighbour, flushed to disk and renamed: never half a file at path."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:             # RuntimeError: torch's for a full disk
-        fail(f"{path} could not be written ({error}); what was there before is kept")
-
-
 def describe(name, model, cfg, data):
     """-> the first record of a log: all that is needed to understand and repeat the run."""
     git = f"git -C {shlex.quote(str(Path(__file__).resolve().parent))} describe --always --dirty"
@@ -311,6 +298,11 @@ def start(path, run, shape, cfg, data):
     return model, backbone, tables, *(saved[k] for k in ("step", "seconds", "records", "header"))
 
 
+def write_log(path, header, records):
+    lines = [json.dumps(record) + "\n" for record in [header, *records]]
+    write_whole(path, lambda file: file.write("".join(lines).encode()))
+
+
 def train(name, shape, cfg, data):
     """Train one model -> the model. Under out_dir/name: log.jsonl (a header, then a record per
     evaluation) and ckpt.pt, both whole at any moment."""
@@ -321,6 +313,8 @@ def train(name, shape, cfg, data):
            **{split: data.meta[split]["sha256"] for split in ("train", "val")}}
     model, backbone, tables, step, seconds, records, header = start(path, run, shape, cfg, data)
     forward = torch.compile(model) if cfg.compile else model
+    if records:         # a log that was lost or damaged: the checkpoint has it whole
+        write_log(out / "log.jsonl", header, records)
     sequences = cfg.tokens_per_step // shape.block_size
     micro = [slice(i, i + cfg.batch_size) for i in range(0, sequences, cfg.batch_size)]
     moes = [block.moe for block in model.blocks if shape.n_expert]
@@ -368,8 +362,7 @@ def train(name, shape, cfg, data):
                         **evaluate(model, tables, data, cfg)})
         check_finite(records[-1]["val_loss"], step, path)
         # the log first: a checkpoint is never ahead of it
-        write_whole(out / "log.jsonl", lambda f: f.writelines(
-            (json.dumps(record) + "\n").encode() for record in [header, *records]))
+        write_log(out / "log.jsonl", header, records)
         write_whole(path, lambda f: torch.save({
             "model": model.state_dict(), "backbone": backbone.state_dict(), "tables": tables.state,
             "step": step, "seconds": seconds, "records": records,
@@ -410,9 +403,6 @@ def main(argv=None):
             shapes, lines = make_twins(shape, cfg.rho)
         except (Offline, ValueError) as error:
             fail(error)
-        moe = shapes["moe"]          # dense: as wide as the experts of a token are together
-        hidden = moe.shared_hidden + moe.top_k * moe.expert_hidden
-        shapes["dense"] = replace(moe, n_expert=0, shared_hidden=hidden)
         print(*lines, f"{data.name}: {cfg.steps} steps x {cfg.tokens_per_step} tokens, {cfg.dtype} "
               f"on {device_name(cfg.device)}", sep="\n", flush=True)
         try:
