@@ -57,6 +57,8 @@ class EngramConfig:
         if self.rows and (len(self.rows) != len(self.orders) or min(self.rows) < 1):
             raise ValueError(f"engram rows {self.rows}: give one positive number per order, "
                              f"{len(self.orders)} here, or one for all")
+        if self.gate not in ("sqrt", "plain", "off"):
+            raise ValueError(f"engram gate {self.gate!r}: must be sqrt, plain or off")
         for name, least in (("heads", 1), ("width", 1), ("conv_kernel", 0), ("seed", 0)):
             if not least <= getattr(self, name) <= 10_000:
                 raise ValueError(f"engram {name} {getattr(self, name)}: must be {least} to 10,000")
@@ -66,8 +68,8 @@ class EngramConfig:
         return len(self.orders) * self.heads * self.width
 
 
-# The same module as others set it. Block numbers count from 0 (the paper counts from 1). PAPER_27B
-# and V41 have one of four residual branches here; given the rows, branches are independent.
+# The same module as others set it, blocks counted from 0 (the paper: from 1). Those models keep
+# four residual streams; here is one, with one stream's keys and norms and the table they share.
 DEMO = dict(blocks=(1, 15), orders=(2, 3), heads=8, rows=646_400, width=64)
 PAPER_27B = dict(blocks=(1, 14), orders=(2, 3), heads=8, rows=2_262_400, width=80, gate="plain",
                  bias=False)
@@ -111,7 +113,7 @@ class Engram(nn.Module):
             self.norm_key = nn.RMSNorm(n_embd)
             self.norm_query = nn.RMSNorm(n_embd)
         if cfg.conv_kernel:
-            self.norm_conv = nn.RMSNorm(n_embd, eps=1e-5)
+            self.norm_conv = nn.RMSNorm(n_embd, eps=1e-5)                 # the demo's eps
             self.conv = nn.Parameter(torch.empty(cfg.conv_kernel, n_embd))
         self.reset()
 
@@ -120,7 +122,7 @@ class Engram(nn.Module):
         """Start quiet but alive: a value, ~ 0.02 * 0.02 * sqrt(d_mem), is about a tenth of h, yet
         the first backward reaches table, keys, values and gate. (Were table and W_V both zero, each
         would wait for the other for ever.) The convolution starts at zero, as in the paper. 0.02 is
-        also one step of the table's Adam at train.py's rates."""
+        also one step of the table's Adam at the laptop preset's rates."""
         self.table.normal_(std=0.02)
         for linear in (m for m in self.children() if isinstance(m, nn.Linear)):
             linear.weight.normal_(std=0.02)

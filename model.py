@@ -214,7 +214,7 @@ class GPT(nn.Module):
         and bytes read from the tables. What a table holds and is not read costs neither."""
         cfg, n = self.cfg, self.parameters_by_kind()
         total = sum(n.values()) - n["embedding"]
-        values = sum(e.cfg.d_mem for e in self.engrams())
+        values, size = sum(e.cfg.d_mem for e in self.engrams()), self.embed.weight.element_size()
         idle = 1 - cfg.top_k / cfg.n_expert if cfg.n_expert else 0
         active = total - round(n["routed experts"] * idle) - n["engram tables"] + values
         weights = active - values - n["norms"] + n["embedding"]
@@ -222,7 +222,7 @@ class GPT(nn.Module):
         return {"parameters": sum(n.values()), "P_tot": total, "P_act": active,
                 "P_sparse": total - active, "table_parameters": n["engram tables"],
                 "flops_per_token": 2 * weights + attention,
-                "bytes_read_per_token": values * 4}
+                "bytes_read_per_token": values * size}
 
 
 # ---- twins --------------------------------------------------------------------------------------

@@ -85,6 +85,8 @@ def script(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at the very end
         fail(f"the output could not be written: {e.strerror}")
     except (MemoryError, RuntimeError) as e:  # torch has kinds of its own
+        if isinstance(e.__cause__ or e.__context__, KeyboardInterrupt):
+            raise SystemExit(130)
         if not re.search("MemoryError|out of memory|allocate memory|not enough memory", repr(e)):
             raise
         fail(f"not enough memory ({' '.join(str(e).split()):.150}); take a smaller shape or batch")

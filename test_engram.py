@@ -289,7 +289,9 @@ def test_short_conv_is_a_grouped_convolution():
 
 @pytest.mark.parametrize("gate", ["plain", "off"])
 def test_other_gates(gate):
-    """A switch that changes nothing."""
+    """A switch that changes nothing, or takes a misspelt name for plain."""
+    with pytest.raises(ValueError, match="sqrt, plain or off"):
+        tiny_engram(gate=gate + "x")
     module = Engram(tiny_engram(gate=gate, conv_kernel=0), 0, 8, n_canonical=30, pad=29)
     h, read = torch.randn(1, 9, 8), module.read(module.hash(torch.randint(0, 30, (1, 9))))
     e, alpha = lookup(read), 1
@@ -1333,6 +1335,12 @@ def test_readme_has_the_two_commands():
     assert "pip install -r requirements.txt && python train.py" in readme
     assert "pip install -r requirements.txt && python -m pytest" in readme
     assert inspect.getsource(Block.forward) in readme
+    lengths = dict(re.findall(r"\| `(\w+\.py)` \| (\d+) \|", readme))
+    assert lengths.keys() == {path.name for path in HERE.glob("*.py")}
+    for name, n in lengths.items():                        # near enough while you try things
+        assert int(n) == pytest.approx((HERE / name).read_text().count("\n"), rel=0.1)
+    screen = readme.split("## The files")[0]
+    assert screen.count("\n") <= 45 and "results/twins.png" in screen
 
 
 if __name__ == "__main__":

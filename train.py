@@ -199,8 +199,8 @@ class Data:
     def count(self, n):
         """seen [n_val, T]: how often each validation token's 2-gram (it and the token before)
         stands in the first n sequences of the order, those that training sees. copyable [n_val, T]:
-        never there, but earlier in the same context. Only in-context copying (induction) predicts
-        these well: their loss shows whether it has formed."""
+        never there, but earlier in the same context. Mostly in-context copying (induction) predicts
+        these: their loss shows whether it has formed."""
         pairs = (self.val_x * len(self.bytes) + self.val_y).numpy()
         unique, where = np.unique(pairs, return_inverse=True)
         times = np.zeros(len(unique), np.int64)
@@ -262,7 +262,8 @@ def learning_rate(step, cfg):
 
 def describe(name, model, cfg, data):
     """-> the first record of a log: all that is needed to understand and repeat the run."""
-    git = f"git -C {shlex.quote(str(Path(__file__).resolve().parent))} describe --always --dirty"
+    here = shlex.quote(str(Path(__file__).resolve().parent))
+    git = f"git -C {here} describe --always --dirty 2>&-"               # nothing outside of git
     known = {k: v for k, v in data.meta.items() if k not in ("tokenizer", "args")}
     return {"command": shlex.join(["train.py", *sys.argv[1:]]), "model": name,
             "config": asdict(cfg), "shape": asdict(model.cfg), "accounting": model.accounting(),
