@@ -162,6 +162,10 @@ def twins(folder, picture):
         if all(last(arm, s, key) is not None for arm in ("engram", "moe") for s in runs[arm]):
             lines.append(f"{of}: Engram {spread('engram', key, unit)}, twin "
                          f"{spread('moe', key, unit)}.")
+    if len(both := [s for s in runs["token"] if s in runs["engram"]]) > 1:
+        gap, half = interval([last("engram", s) - last("token", s) for s in both])
+        lines.append(f"Engram minus the {ARMS['token'][2]}, {len(both)} pairs: "
+                     f"{gap:+.3f} ± {half:.3f} nats.")
     ends = [[last(arm, s) for s in runs[arm]] for arm in ("engram", "moe")]
     lines.append("Final losses: Engram {:.2f} to {:.2f}, twin {:.2f} to {:.2f}.".format(
         *(f(losses) for losses in ends for f in (min, max))))
