@@ -566,8 +566,8 @@ def build(folder, args, files):
     for path, name in zip(tmp, final):
         path.replace(name)
     n = train["tokens"] + val["tokens"]
-    return (f"{n:,} tokens, {val['tokens']:,} of them to validate; {seen:.1%} of those' 13-grams "
-            f"stand in train; {(train['bytes'] + val['bytes']) / n:.2f} bytes per token; tokenizer "
+    return (f"{n:,} tokens, {val['tokens']:,} for validation, {seen:.1%} of its 13-grams "
+            f"are in train; {(train['bytes'] + val['bytes']) / n:.2f} bytes per token; tokenizer "
             f"{trained - start:.1f} s, all {time.time() - start:.1f} s")
 
 
@@ -578,7 +578,8 @@ def main(argv=None):
         help="python (default), tinystories, openwebtext, or UTF-8 text files")
     add("--name", help="of the data set made from text files (default: the first file's)")
     add("--data_dir", default="data", help="gets a folder per data set (default: %(default)s)")
-    add("--max_mb", type=float, help=f"cap on the text, 0 = none (default: {DEFAULT_MB})")
+    defaults = ", ".join(f"{name} {mb}" for name, mb in DEFAULT_MB.items())
+    add("--max_mb", type=float, help=f"cap on the text, 0 = none (default: {defaults})")
     add("--vocab_size", type=int, default=4096, help="of the BPE (default: %(default)s)")
     add("--tokenizer", default="bpe", help="bpe, trained on this text (default), or gpt2")
     add("--shards", type=int, default=1, help="of openwebtext's 80 (default: %(default)s)")

@@ -150,6 +150,8 @@ def draw(spans, low, high, title, path, columns=90, size=9):
     """The same as a picture: a grid of characters, each token on its background."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
+    columns = max(len(title), min(columns, max(len(t) for t in
+                                               "".join(t for t, _ in spans).split("\n")) + 1))
     cells, row, column = [], 2, 0
     for text, value in spans:
         for c in text.replace("\t", "    ").replace("\n", "↵\n"):
@@ -184,19 +186,20 @@ def show(args, saved, model, enc, ids, n_prompt):
         xy = torch.tensor([ids[:-1]]), torch.tensor([ids[1:]])
         on, off = (token_losses(model, *xy, 1, nullcontext(), m)[0] for m in (True, False))
         gain = off - on
-        low, high, title = 0, FULL, f"nats saved by the memory: white 0, blue {FULL:g}, orange lost"
+        low, high, title = 0, FULL, (f"nats that the memory saved on each token (off minus on): "
+                                     f"white 0, blue {FULL:g} or more, orange lost")
         spans = spans_of(enc, ids[1:], gain)
         parts = (("prompt", slice(n_prompt)), ("what it wrote", slice(n_prompt, None)))
         lines = [f"{name}: {len(on[part])} tokens, {on[part].mean():.3f} nats per token with the "
-                 f"memory, {off[part].mean():.3f} without: {gain[part].sum():+.1f} saved"
+                 f"memory, {off[part].mean():.3f} without: {gain[part].sum():+.2f} saved"
                  for name, part in parts if len(on[part])]
     else:
         with torch.no_grad(), watch(model) as seen:
             model(torch.tensor([ids]))
         record = saved["records"][-1]
         low, high = (sum(record[k]) / len(seen) for k in ("gate_p5", "gate_p95"))
-        title = (f"gate, mean of {len(seen)} memory layers: white {low:.2f}, blue {high:.2f} (5th, "
-                 "95th percentile on validation), orange less")
+        title = (f"gate, mean of memory layers: white {low:.2f}, blue {high:.2f} (5th and 95th "
+                 "percentile on validation), orange less")
         lines = ["the gate hardly moves: shades show small differences"] * (high - low < 0.05)
         spans = spans_of(enc, ids[1:], sum(layer[0][0][0] for layer in seen)[1:] / len(seen))
         high = max(high, low + 1e-3)
@@ -237,8 +240,9 @@ def report(models, data, batch_size, autocast):
             lines.append(f"{name:>24s}{here.float().mean():8.1%}{on[here].mean():9.3f}" + "".join(
                 f"{(arm - on)[here].mean():+14.3f}" for arm in arms.values()))
     spans = spans_of(enc, y[0, :40].tolist(), (arms["off - on"] - on)[0])
-    how = f"shaded by (blue: {FULL:g} or more, orange: lost)" if colour else "followed by"
-    lines += ["", f"Validation text, each token {how} the nats the memory saved on it:",
+    how = "shaded by" if colour else "followed by"
+    lines += ["", f"Validation text, each token {how} the nats the memory saved on it"
+              + f" (blue: {FULL:g} or more, orange: lost)" * colour + ":",
               shaded(spans, 0, FULL, colour)]
     ids = x[0, :13].tolist()
     for memory in (True, False):
@@ -362,7 +366,8 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out_dir", default="out", help="of train.py (default: %(default)s)")
-    add("--model", default="engram", choices=("engram", "moe", "dense"))
+    add("--model", default="engram", choices=("engram", "moe", "dense"),
+        help="whose checkpoint (default: %(default)s)")
     add("--prompt", help="text to continue (default: none, a document from its start)")
     add("--max_new_tokens", type=int, default=200, help="0: prompt alone (default: %(default)s)")
     add("--temperature", type=float, default=0.8, help="0: the likeliest (default: %(default)s)")
@@ -370,7 +375,7 @@ def main(argv=None):
     add("--top_p", type=float, default=1.0, help="draw from the likeliest that together have this "
         "probability (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the draws; one more each (default: %(default)s)")
-    add("--num_samples", type=int, default=1, help="(default: %(default)s)")
+    add("--num_samples", type=int, default=1, help="one after the other (default: %(default)s)")
     add("--png", metavar="FILE", help="draw what --memory or --gates show")
     modes = parser.add_mutually_exclusive_group()
     for flag, what in (("--memory", "shade each token by the nats the memory saved on it"),
@@ -380,7 +385,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.table:
         plot(args.out_dir)
-        return print(*compare(args.out_dir), sep="\n")
+        return print(*compare(args.out_dir), f"curves: {args.out_dir}/loss.png", sep="\n")
     for name, low, high in (("max_new_tokens", 0, 1e9), ("top_k", 1, 1e9), ("temperature", 0, 100),
                             ("top_p", 1e-9, 1), ("num_samples", 1, 1e6), ("seed", 0, 2 ** 62)):
         if not low <= getattr(args, name) <= high:

@@ -129,7 +129,7 @@ def twins(folder, picture):
     if len(runs["engram"]) < 2 or runs["engram"].keys() != runs["moe"].keys():
         fail(f"{folder} needs both twins of the same seeds, at least two; run without --plot")
     last = lambda arm, seed, key="val_loss": runs[arm][seed][1][-1][key]
-    lines = ["| model | P_tot | P_act | n | loss, nats (sd) | minus the twin's, paired, 95 % (t) | "
+    lines = ["| model | P_tot | P_act | seeds | loss (sd) | minus the twin's, paired, 95 % | "
              "bits per byte |", "|---|---|---|---|---|---|---|"]
     for arm, (_, _, title) in ARMS.items():
         seeds = [s for s in runs[arm] if s in runs["moe"]]
@@ -155,13 +155,15 @@ def twins(folder, picture):
         lines[-1] += (f", at {tokens[0]} of the tokens ({tokens[1]} to {tokens[2]}) and {clock[0]} "
                       f"of the training time ({clock[1]} to {clock[2]})")
     lines[-1] += "."
-    spread = lambda arm, key, unit: "{:.1f} to {:.1f}".format(
-        *(f([last(arm, s, key) / unit for s in runs[arm]]) for f in (min, max)))
-    for key, unit, of in (("peak_bytes", 1e9, "Peak memory, GB (the process, data preparation "
-                           "included)"), ("copy_loss", 1, "Loss on copyable tokens at the end")):
-        if all(last(arm, s, key) is not None for arm in ("engram", "moe") for s in runs[arm]):
-            lines.append(f"{of}: Engram {spread('engram', key, unit)}, twin "
-                         f"{spread('moe', key, unit)}.")
+    peaks = [read_log(path)[1][-1]["peak_bytes"] / 1e9 for path in folder.glob("*.jsonl")]
+    lines.append(f"Peak memory of the process, all {len(peaks)} runs: {min(peaks):.1f} to "
+                 f"{max(peaks):.1f} GB; it does not tell the models apart.")
+    copy = {arm: [last(arm, s, "copy_loss") for s in runs[arm]] for arm in ("engram", "moe")}
+    if None not in sum(copy.values(), []):
+        counts = [header["copyable_tokens"] for header, _ in runs["moe"].values()]
+        ends = (f(v) for v in (counts, copy["engram"], copy["moe"]) for f in (min, max))
+        lines.append("Loss at the end on copyable tokens (`copy_loss`, on {:,} to {:,}): Engram "
+                     "{:.1f} to {:.1f}, twin {:.1f} to {:.1f}.".format(*ends))
     if len(both := [s for s in runs["token"] if s in runs["engram"]]) > 1:
         gap, half = interval([last("engram", s) - last("token", s) for s in both])
         lines.append(f"Engram minus the {ARMS['token'][2]}, {len(both)} pairs: "
@@ -184,7 +186,7 @@ def twins(folder, picture):
                      f"{a['val_loss'] - b['val_loss']:+.3f}, "
                      + (f"twin's loss reached at {at[0] / b['tokens']:.0%} of the tokens; "
                         if at else "twin's loss not reached; ") +
-                     f"loss on copyable tokens {copy}.")
+                     f"copy_loss {copy}, on {long[0][0]['copyable_tokens']:,} tokens.")
     draw(runs, shares, picture)
     return lines
 
@@ -194,13 +196,17 @@ def draw(runs, shares, picture):
     figure = Figure(figsize=(7, 4), layout="tight")
     axes = figure.subplots()
     means = {}
-    for arm, colour, style in (("engram", "tab:blue", "-"), ("moe", "tab:orange", "--")):
+    for arm, colour, style in (("engram", "tab:blue", "-"), ("moe", "tab:orange", "--"),
+                               ("token", "black", ":")):
+        if not runs[arm]:
+            continue
         curves = [[r["val_loss"] for r in records] for _, records in runs[arm].values()]
         x = [r["tokens"] / 1e6 for r in next(iter(runs[arm].values()))[1]]
-        for curve in curves:
+        for curve in curves if arm != "token" else []:
             axes.plot(x, curve, style, color=colour, lw=0.6, alpha=0.5)
         means[arm] = [statistics.mean(losses) for losses in zip(*curves)]
-        axes.plot(x, means[arm], style, color=colour, lw=2.5, label=ARMS[arm][2])
+        axes.plot(x, means[arm], style, color=colour, lw=1.5 if arm == "token" else 2.5,
+                  label=ARMS[arm][2])
     if len(shares) == len(runs["moe"]):
         share, y = statistics.mean(s[0] for s in shares), means["moe"][-1]
         axes.annotate("", (share * x[-1], y), (x[-1], y), arrowprops=dict(arrowstyle="->", lw=1.5))
@@ -208,7 +214,7 @@ def draw(runs, shares, picture):
                   ha="right", va="top")
     n = len(runs["engram"])
     axes.set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)",
-             title=f"Equal parameters, equal compute: {n} seeds thin, mean bold",
+             title=f"Python source, 2M parameters, equal compute: {n} seeds thin, mean bold",
              ylim=(min(means["engram"]) - 0.15, means["moe"][1]))
     axes.legend()
     figure.savefig(picture, dpi=110)
@@ -217,9 +223,10 @@ def draw(runs, shares, picture):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=("twins",))
+    parser.add_argument("name", choices=("twins",), help="twins: the fair result")
     parser.add_argument("--plot", action="store_true", help="train nothing")
-    parser.add_argument("--results", default="results", help="(default: %(default)s)")
+    parser.add_argument("--results", default="results", help="where logs, table and figure go "
+                        "(default: %(default)s)")
     args = parser.parse_args(argv)
     folder = Path(args.results) / args.name
     if not args.plot:

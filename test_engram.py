@@ -1316,6 +1316,7 @@ def test_the_readme_is_the_result(tmp_path):
     """A table in the README that no log supports."""
     lines = sweep.twins(HERE / "results" / "twins", tmp_path / "twins.png")
     readme = (HERE / "README.md").read_text()
+    lines += sample_script.compare(HERE / "results" / "seed0")
     missing = [line for line in lines if line not in readme]
     assert not missing and (tmp_path / "twins.png").stat().st_size > 10_000
 

@@ -1,7 +1,7 @@
 """
 Train a transformer with Engram and its MoE-only twin of equal parameters and compute, and compare.
 
-    python train.py                          # both twins; on a CPU: Python's source, 6 to 8 minutes
+    python train.py                          # both twins; on a CPU: Python's source, 7 to 8 minutes
     python train.py --model engram --steps 2000 --rho 0.5 --out_dir out2
     python train.py --resume                 # the same command again, after a crash or Ctrl-C
 
@@ -319,7 +319,8 @@ def train(name, shape, cfg, data):
     sequences = cfg.tokens_per_step // shape.block_size
     micro = [slice(i, i + cfg.batch_size) for i in range(0, sequences, cfg.batch_size)]
     moes = [block.moe for block in model.blocks if shape.n_expert]
-    bar = tqdm(total=cfg.steps, initial=step, desc=name, unit="step", leave=False)
+    bar = tqdm(total=cfg.steps, initial=step, desc=name, unit="step", leave=False,
+               mininterval=0.1 if sys.stderr.isatty() else 10)
     while step < cfg.steps:
         train_loss, uneven, began, first = 0.0, 0.0, time.perf_counter(), step
         while step == first or step % cfg.eval_every and step < cfg.steps:
@@ -411,7 +412,8 @@ def main(argv=None):
         except KeyboardInterrupt:
             again = shlex.join(["python", *sys.argv] + ["--resume"] * (not cfg.resume))
             kept = any((out / name / "ckpt.pt").exists() for name in names)
-            print("\nstopped" + f"; the last checkpoint is kept, go on with: {again}" * kept,
+            print(f"\nstopped; the last checkpoint is kept, go on with: {again}" if kept else
+                  f"\nstopped before the first checkpoint (step {cfg.eval_every}); begin anew",
                   file=sys.stderr)
             sys.exit(130)
         plot(out)
