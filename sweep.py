@@ -128,67 +128,81 @@ def twins(folder, picture):
             for arm in ARMS}
     if len(runs["engram"]) < 2 or runs["engram"].keys() != runs["moe"].keys():
         fail(f"{folder} needs both twins of the same seeds, at least two; run without --plot")
-    last = lambda arm, seed, key="val_loss": runs[arm][seed][1][-1][key]
+    shares = []
+    for (_, a), (_, b) in zip(runs["engram"].values(), runs["moe"].values()):
+        if at := crossing(a, b[-1]["val_loss"]):
+            shares.append([at[0] / b[-1]["tokens"], at[1] / b[-1]["seconds"]])
+    draw(runs, shares, picture)
+    return [*table(runs), "", *remarks(runs, shares), *tuning(folder), *long_run(folder, best)]
+
+
+def last(runs, arm, key="val_loss", seeds=None):
+    """-> the final value of each seed."""
+    return [runs[arm][seed][1][-1][key] for seed in seeds or runs[arm]]
+
+
+def paired(runs, arm, other):
+    """-> mean and half width of the interval of arm - other over the seeds that both have, n."""
+    seeds = [s for s in runs[arm] if s in runs[other]]
+    gaps = [a - b for a, b in zip(*(last(runs, x, seeds=seeds) for x in (arm, other)))]
+    return (*interval(gaps), len(gaps)) if len(gaps) > 1 else None
+
+
+def table(runs):
     lines = ["| model | P_tot | P_act | seeds | loss (sd) | minus the twin's, paired, 95 % | "
              "bits per byte |", "|---|---|---|---|---|---|---|"]
     for arm, (_, _, title) in ARMS.items():
-        seeds = [s for s in runs[arm] if s in runs["moe"]]
-        if len(seeds) < 2:
+        if not (gap := paired(runs, arm, "moe")):
             continue
-        mean = {key: statistics.mean(last(arm, s, key) for s in seeds)
-                for key in ("val_loss", "val_bpb")}
-        count, against = runs[arm][seeds[0]][0]["accounting"], "-"
-        if arm != "moe":
-            gap, half = interval([last(arm, s) - last("moe", s) for s in seeds])
-            against = f"{gap:+.3f} ± {half:.3f}"
-        sd = statistics.stdev(last(arm, s) for s in seeds)
-        lines.append(f"| {title} | {count['P_tot']:,} | {count['P_act']:,} | {len(seeds)} | "
-                     f"{mean['val_loss']:.3f} ({sd:.3f}) | {against} | {mean['val_bpb']:.3f} |")
-    shares = []
-    for s in runs["moe"]:
-        end = runs["moe"][s][1][-1]
-        if at := crossing(runs["engram"][s][1], end["val_loss"]):
-            shares.append([at[0] / end["tokens"], at[1] / end["seconds"]])
-    lines += ["", f"Twin's final loss reached in {len(shares)} of {len(runs['moe'])} pairs"]
+        count, losses = next(iter(runs[arm].values()))[0]["accounting"], last(runs, arm)
+        against = "-" if arm == "moe" else f"{gap[0]:+.3f} ± {gap[1]:.3f}"
+        lines.append(f"| {title} | {count['P_tot']:,} | {count['P_act']:,} | {gap[2]} | "
+                     f"{statistics.mean(losses):.3f} ({statistics.stdev(losses):.3f}) | {against} | "
+                     f"{statistics.mean(last(runs, arm, 'val_bpb')):.3f} |")
+    return lines
+
+
+def remarks(runs, shares):
+    reached = f"Twin's final loss reached in {len(shares)} of {len(runs['moe'])} pairs"
     if shares:
         tokens, clock = ([f"{f(x):.0%}" for f in (statistics.mean, min, max)] for x in zip(*shares))
-        lines[-1] += (f", at {tokens[0]} of the tokens ({tokens[1]} to {tokens[2]}) and {clock[0]} "
-                      f"of the training time ({clock[1]} to {clock[2]})")
-    lines[-1] += "."
-    peaks = [read_log(path)[1][-1]["peak_bytes"] / 1e9 for path in folder.glob("*.jsonl")]
-    lines.append(f"Peak memory of the process, all {len(peaks)} runs: {min(peaks):.1f} to "
-                 f"{max(peaks):.1f} GB; it does not tell the models apart.")
-    copy = {arm: [last(arm, s, "copy_loss") for s in runs[arm]] for arm in ("engram", "moe")}
-    if None not in sum(copy.values(), []):
-        counts = [header["copyable_tokens"] for header, _ in runs["moe"].values()]
-        ends = (f(v) for v in (counts, copy["engram"], copy["moe"]) for f in (min, max))
+        reached += (f", at {tokens[0]} of the tokens ({tokens[1]} to {tokens[2]}) and {clock[0]} of "
+                    f"the training time ({clock[1]} to {clock[2]})")
+    ends = lambda values: tuple(f(values) for f in (min, max))
+    both = ("engram", "moe")
+    lines = [reached + ".", "Final losses: Engram {:.2f} to {:.2f}, twin {:.2f} to {:.2f}.".format(
+        *(v for arm in both for v in ends(last(runs, arm))))]
+    if gap := paired(runs, "engram", "token"):
+        lines.append(f"Engram minus the {ARMS['token'][2]}, {gap[2]} pairs: {gap[0]:+.3f} ± "
+                     f"{gap[1]:.3f} nats.")
+    lines.append("Peak memory of the process: {:.1f} to {:.1f} GB.".format(
+        *ends([b / 1e9 for arm in runs for b in last(runs, arm, "peak_bytes")])))
+    if None not in last(runs, "engram", "copy_loss") + last(runs, "moe", "copy_loss"):
         lines.append("Loss at the end on copyable tokens (`copy_loss`, on {:,} to {:,}): Engram "
-                     "{:.1f} to {:.1f}, twin {:.1f} to {:.1f}.".format(*ends))
-    if len(both := [s for s in runs["token"] if s in runs["engram"]]) > 1:
-        gap, half = interval([last("engram", s) - last("token", s) for s in both])
-        lines.append(f"Engram minus the {ARMS['token'][2]}, {len(both)} pairs: "
-                     f"{gap:+.3f} ± {half:.3f} nats.")
-    ends = [[last(arm, s) for s in runs[arm]] for arm in ("engram", "moe")]
-    lines.append("Final losses: Engram {:.2f} to {:.2f}, twin {:.2f} to {:.2f}.".format(
-        *(f(losses) for losses in ends for f in (min, max))))
+                     "{:.1f} to {:.1f}, twin {:.1f} to {:.1f}.".format(
+                         *ends([header["copyable_tokens"] for header, _ in runs["moe"].values()]),
+                         *(v for arm in both for v in ends(last(runs, arm, "copy_loss")))))
+    return lines
+
+
+def tuning(folder):
     for arm in ("engram", "moe"):
         tried = {rate: log_of(folder, arm, rate, TUNING_SEED)[1][-1]["val_loss"] for rate in RATES}
-        lines.append(f"Learning rates tried, {ARMS[arm][2]}, seed {TUNING_SEED}: "
-                     + ", ".join(f"{rate:g} {loss:.3f}" for rate, loss in tried.items()) + ".")
-    long = [log_of(folder, arm, best[arm], SEEDS[0], True) for arm in ("engram", "moe")]
-    if all(long):
-        a, b = (r[1][-1] for r in long)
-        at = crossing(long[0][1], b["val_loss"])
-        copy = " and ".join("none" if r["copy_loss"] is None else f"{r['copy_loss']:.1f}"
-                            for r in (a, b))
-        lines.append(f"At {a['tokens'] / 1e6:.1f}M tokens (n=1, seed {SEEDS[0]}): "
-                     f"{a['val_loss']:.3f} and {b['val_loss']:.3f}, "
-                     f"{a['val_loss'] - b['val_loss']:+.3f}, "
-                     + (f"twin's loss reached at {at[0] / b['tokens']:.0%} of the tokens; "
-                        if at else "twin's loss not reached; ") +
-                     f"copy_loss {copy}, on {long[0][0]['copyable_tokens']:,} tokens.")
-    draw(runs, shares, picture)
-    return lines
+        yield (f"Learning rates tried, {ARMS[arm][2]}, seed {TUNING_SEED}: "
+               + ", ".join(f"{rate:g} {loss:.3f}" for rate, loss in tried.items()) + ".")
+
+
+def long_run(folder, best):
+    runs = [log_of(folder, arm, best[arm], SEEDS[0], long=True) for arm in ("engram", "moe")]
+    if all(runs):
+        a, b = (records[-1] for _, records in runs)
+        at = crossing(runs[0][1], b["val_loss"])
+        reached = f"at {at[0] / b['tokens']:.0%} of the tokens" if at else "never"
+        yield (f"At {a['tokens'] / 1e6:.1f}M tokens (n=1, seed {SEEDS[0]}): {a['val_loss']:.3f} and "
+               f"{b['val_loss']:.3f}, {a['val_loss'] - b['val_loss']:+.3f}, twin's loss reached "
+               f"{reached}; copy_loss " + " and ".join(
+                   "none" if r["copy_loss"] is None else f"{r['copy_loss']:.1f}" for r in (a, b))
+               + f", on {runs[0][0]['copyable_tokens']:,} tokens.")
 
 
 def draw(runs, shares, picture):
