@@ -166,8 +166,8 @@ def remarks(runs, shares):
     reached = f"Twin's final loss reached in {len(shares)} of {len(runs['moe'])} pairs"
     if shares:
         tokens, clock = ([f"{f(x):.0%}" for f in (statistics.mean, min, max)] for x in zip(*shares))
-        reached += (f", at {tokens[0]} of the tokens ({tokens[1]} to {tokens[2]}) and {clock[0]} of "
-                    f"the training time ({clock[1]} to {clock[2]})")
+        reached += (f", at {tokens[0]} of the tokens ({tokens[1]} to {tokens[2]}) and {clock[0]} "
+                    f"of the training time ({clock[1]} to {clock[2]})")
     ends = lambda values: tuple(f(values) for f in (min, max))
     both = ("engram", "moe")
     lines = [reached + ".", "Final losses: Engram {:.2f} to {:.2f}, twin {:.2f} to {:.2f}.".format(
@@ -198,8 +198,8 @@ def long_run(folder, best):
         a, b = (records[-1] for _, records in runs)
         at = crossing(runs[0][1], b["val_loss"])
         reached = f"at {at[0] / b['tokens']:.0%} of the tokens" if at else "never"
-        yield (f"At {a['tokens'] / 1e6:.1f}M tokens (n=1, seed {SEEDS[0]}): {a['val_loss']:.3f} and "
-               f"{b['val_loss']:.3f}, {a['val_loss'] - b['val_loss']:+.3f}, twin's loss reached "
+        yield (f"At {a['tokens'] / 1e6:.1f}M tokens (n=1, seed {SEEDS[0]}): {a['val_loss']:.3f} "
+               f"and {b['val_loss']:.3f}, {a['val_loss'] - b['val_loss']:+.3f}, twin's loss reached "
                f"{reached}; copy_loss " + " and ".join(
                    "none" if r["copy_loss"] is None else f"{r['copy_loss']:.1f}" for r in (a, b))
                + f", on {runs[0][0]['copyable_tokens']:,} tokens.")

@@ -1268,6 +1268,16 @@ def test_interval():
     assert mean == pytest.approx(7 / 3) and half == pytest.approx(4.303 * 1.527525 / 3 ** 0.5)
 
 
+def test_pairs_are_of_one_seed():
+    """Means of different seeds subtracted: the spread between seeds is then in the interval."""
+    ends = {"a": [(1, 3.0), (2, 5.0), (3, 9.0)], "b": [(3, 8.5), (1, 2.0)]}
+    runs = {arm: {seed: (None, [{"val_loss": 0}, {"val_loss": loss}]) for seed, loss in losses}
+            for arm, losses in ends.items()}
+    mean, half, n = sweep.paired(runs, "a", "b")
+    assert (mean, n) == (0.75, 2) and half == pytest.approx(12.706 * 0.25)
+    assert sweep.paired({**runs, "b": {1: runs["b"][1]}}, "a", "b") is None
+
+
 def test_a_sweep_runs_what_is_missing(corpus, tmp_path, monkeypatch, capsys):
     """A finished run trained again, an unfinished one taken for a result."""
     monkeypatch.chdir(tmp_path)
