@@ -157,8 +157,9 @@ def table(runs):
         count, losses = next(iter(runs[arm].values()))[0]["accounting"], last(runs, arm)
         against = "-" if arm == "moe" else f"{gap[0]:+.3f} ± {gap[1]:.3f}"
         mean, sd = statistics.mean(losses), statistics.stdev(losses)
+        bpb = statistics.mean(last(runs, arm, "val_bpb"))
         lines.append(f"| {title} | {count['P_tot']:,} | {count['P_act']:,} | {gap[2]} | {mean:.3f} "
-                     f"({sd:.3f}) | {against} | {statistics.mean(last(runs, arm, 'val_bpb')):.3f} |")
+                     f"({sd:.3f}) | {against} | {bpb:.3f} |")
     return lines
 
 
@@ -199,8 +200,8 @@ def long_run(folder, best):
         at = crossing(runs[0][1], b["val_loss"])
         reached = f"at {at[0] / b['tokens']:.0%} of the tokens" if at else "never"
         yield (f"At {a['tokens'] / 1e6:.1f}M tokens (n=1, seed {SEEDS[0]}): {a['val_loss']:.3f} "
-               f"and {b['val_loss']:.3f}, {a['val_loss'] - b['val_loss']:+.3f}, twin's loss reached "
-               f"{reached}; copy_loss " + " and ".join(
+               f"and {b['val_loss']:.3f}, {a['val_loss'] - b['val_loss']:+.3f}, twin's loss "
+               f"reached {reached}; copy_loss " + " and ".join(
                    "none" if r["copy_loss"] is None else f"{r['copy_loss']:.1f}"
                    for r in (a, b))
                + f", on {runs[0][0]['copyable_tokens']:,} tokens.")
