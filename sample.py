@@ -125,6 +125,10 @@ def spans_of(enc, ids, values):
             for i, v in zip(ids, values)]
 
 
+def has_colours():
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
 def tint(level):
     """level -1 to 1 -> (r, g, b): white at 0, blue for more, orange (lighter in grey) for less."""
     end = (80, 150, 255) if level > 0 else (255, 190, 110)
@@ -132,8 +136,8 @@ def tint(level):
 
 
 def shaded(spans, low, high, colour):
-    """-> one string: tokens on a background by (value - low) / (high - low), or, where there are
-    no colours, followed by their values."""
+    """-> one string: tokens on a background by (value - low) / (high - low), or, without colour,
+    followed by their values."""
     out = []
     for text, value in spans:
         head, line, tail = text.rpartition("\n")
@@ -181,7 +185,7 @@ FULL = 2.0         # nats saved at which a token is fully shaded
 
 def show(args, saved, model, enc, ids, n_prompt):
     """The text once more, shaded as --memory or --gates ask; as a picture with --png."""
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    colour = has_colours()
     if args.memory:
         xy = torch.tensor([ids[:-1]]), torch.tensor([ids[1:]])
         on, off = (token_losses(model, *xy, 1, nullcontext(), m)[0] for m in (True, False))
@@ -222,7 +226,7 @@ def report(models, data, batch_size, autocast):
         (name, model), = models.items()
         return ["", f"A sample of {name}:", "".join(
             text for _, text in complete(model, enc, [enc.eot_token], max_new_tokens=100))]
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    colour = has_colours()
     model = models["engram"]
     on = token_losses(model, x, y, batch_size, autocast)
     arms = {"off - on": token_losses(model, x, y, batch_size, autocast, memory=False)}
@@ -258,14 +262,17 @@ def read_log(path):
     """-> header, records (at least one) of a run's log; None where there is none yet."""
     try:
         lines = [json.loads(line) for line in open(path)] if path.exists() else []
-        for header in lines[:1]:
-            header["model"], header["shape"], header["config"]["seed"], header["data"]["train"]
+        if len(lines) < 2:
+            return None
+        header, *records = lines
+        header["model"], header["shape"], header["config"]["seed"], header["data"]["train"]
         keys = "step tokens seconds val_loss val_bpb peak_bytes".split()
-        for record, wanted in [(h["accounting"], ("P_tot", "P_act")) for h in lines[:1]] \
-                + [(record, keys) for record in lines[1:]]:
-            if not all(0 < record[k] < math.inf for k in wanted):
-                raise ValueError(f"not numbers of a run: {[record[k] for k in wanted]}")
-        return (lines[0], lines[1:]) if len(lines) > 1 else None
+        numbers = [header["accounting"][k] for k in ("P_tot", "P_act")] + [
+            header["config"][k] for k in ("lr", "steps", "eval_every")] + [
+            record[k] for record in records for k in keys]
+        if not all(0 < n < math.inf for n in numbers):
+            raise ValueError("numbers that no run has")
+        return header, records
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{path} is not a readable log ({type(error).__name__}: {error}); delete it, and "
              "--resume of its run writes it anew")

@@ -51,8 +51,8 @@ def log_of(folder, arm, rate, seed, long=False):
     if not (run := read_log(path)):
         return None
     cfg = run[0]["config"]
-    if (cfg["model"], cfg["lr"], cfg["seed"]) != (ARMS[arm][0].split()[1], rate, seed):
-        fail(f"{path} is the log of another run: {run[0]['command']}; delete it")
+    if (run[0]["model"], cfg["lr"], cfg["seed"]) != (ARMS[arm][0].split()[1], rate, seed):
+        fail(f"{path} is the log of another run: {run[0].get('command')}; delete it")
     whole = len(run[1]) == -(-cfg["steps"] // cfg["eval_every"])
     return run if whole and run[1][-1]["step"] == cfg["steps"] else None
 
@@ -61,10 +61,12 @@ def check_alike(folder):
     """Runs of other data, another torch or another machine do not belong in one table."""
     kinds = {}
     for path in sorted(folder.glob("*.jsonl")):
-        header = read_log(path)[0]
-        kind = {k: header["config"][k] for k in ("preset", "dtype", "tokens_per_step", "table_lr")}
-        kind.update({k: header[k] for k in ("torch", "device", "threads")},
-                    train=header["data"]["train"]["sha256"], val=header["data"]["val"]["sha256"])
+        if not (run := read_log(path)):
+            continue
+        header, cfg = run[0], run[0]["config"]
+        kind = {k: cfg.get(k) for k in ("preset", "dtype", "tokens_per_step", "table_lr")}
+        kind.update({k: header.get(k) for k in ("torch", "device", "threads")},
+                    **{k: header["data"].get(k, {}).get("sha256") for k in ("train", "val")})
         kinds.setdefault(str(kind), path.name)
     if len(kinds) > 1:
         fail(f"{' and '.join(kinds.values())} are not alike: {' and '.join(kinds)}; begin anew in "

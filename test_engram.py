@@ -1260,6 +1260,20 @@ def test_ctrl_c_shows_how_to_go_on(corpus, tmp_path):
     assert resumed.wait() == -signal.SIGKILL and len(log(tmp_path)[0]["resumed"]) == 1
 
 
+def test_ctrl_c_before_the_first_checkpoint(corpus, tmp_path):
+    """A command to resume that cannot."""
+    argv = [*corpus, *TINY, *"--steps 400 --eval_every 400 --batch_size 1".split(),
+            "--out_dir", str(tmp_path)]
+    stopped = subprocess.Popen([sys.executable, "train.py", *argv], stderr=subprocess.PIPE,
+                               text=True, stdout=subprocess.PIPE, cwd=HERE)
+    while "steps x" not in stopped.stdout.readline():
+        assert stopped.poll() is None
+    time.sleep(2)                                                        # of some 15 seconds
+    stopped.send_signal(signal.SIGINT)
+    assert "before the first checkpoint (step 400)" in stopped.communicate()[1]
+    assert stopped.returncode == 130 and not list(tmp_path.glob("*/ckpt.pt"))
+
+
 # ---- the fair result ----------------------------------------------------------------------------
 
 def test_interval():
@@ -1306,6 +1320,12 @@ def test_unlike_runs_make_no_table(tmp_path, capsys):
     path.write_text(path.read_text().replace('"torch": "2', '"torch": "3'))
     argv = ["twins", "--plot", "--results", tmp_path]
     assert "are not alike" in refused(capsys, sweep.main, *argv)
+    path.write_text(path.read_text().splitlines()[0] + "\n")             # begun, no result yet
+    (tmp_path / "twins" / "engram_lr0.002_seed10.jsonl").unlink()
+    assert "no finished log of engram at the rates [0.002]" in refused(capsys, sweep.main, *argv)
+    shutil.copy(tmp_path / "twins" / "moe_lr0.002_seed10.jsonl",
+                tmp_path / "twins" / "engram_lr0.002_seed10.jsonl")
+    assert "log of another run" in refused(capsys, sweep.main, *argv)
 
 
 def test_what_is_called_a_twin(trained, tmp_path):
