@@ -571,6 +571,83 @@ def build(folder, args, files):
             f"{trained - start:.1f} s, all {time.time() - start:.1f} s")
 
 
+# ---- what train.py sees -------------------------------------------------------------------------
+
+def find(name, default, data_dir="data"):
+    """-> name of the data set, prepared if need be ("auto": the default, or python where that needs
+    a server that does not answer), and what was done otherwise than asked, or None."""
+    auto, name = name == "auto", default if name == "auto" else name
+    if name in DEFAULT_MB and not (Path(data_dir) / name / "meta.json").exists():
+        try:
+            prepare(name, data_dir=data_dir)
+        except Offline as error:
+            if not auto:
+                raise
+            note = f"{name}: {error}; using python instead"
+            print(note)
+            return find("python", None, data_dir)[0], note
+    return name, None
+
+
+class Data:
+    """Token sequences of a prepared data set: one pass in an order set by the seed, a validation
+    set that never changes, and what is known about its tokens. Arrays [n, T], of int64 ids."""
+
+    def __init__(self, cfg, T):
+        """cfg: train.Config, whose steps are capped here; T: tokens a sequence."""
+        default = "tinystories" if cfg.device.startswith("cuda") else "python"
+        self.name, self.note = find(cfg.dataset, default, cfg.data_dir)
+        self.meta, self.train, val = load(self.name, cfg.data_dir)
+        self.T, blocks, per_step = T, (len(self.train) - 1) // T, cfg.tokens_per_step // T
+        n = min(max(1, cfg.eval_tokens // T), (len(val) - 1) // T)
+        if n < 1 or blocks < per_step:
+            fail(f"{self.name}: {len(self.train):,} tokens to train on, {len(val):,} to validate: "
+                 f"too few for a step of {cfg.tokens_per_step:,} or a sequence of {T}")
+        self.order = np.random.default_rng(cfg.seed).permutation(blocks)
+        starts = np.linspace(0, len(val) - 1 - T, n).astype(int)
+        self.val_x, self.val_y = self.sequences(val, starts)
+        if cfg.steps > blocks // per_step:
+            print(f"steps {cfg.steps} capped at {blocks // per_step}, one pass over the "
+                  f"{len(self.train):,} tokens of {self.name}: on repeated data tables overfit")
+            cfg.steps = blocks // per_step
+        self.token_bytes = token_bytes(self.meta["tokenizer"])
+        self.bytes = np.array([len(b) for b in self.token_bytes])
+        self.bytes[self.meta["eot"]] = 0  # the separator is not text
+        self.count(cfg.steps * per_step)
+
+    def sequences(self, tokens, starts):
+        rows = np.stack([tokens[s:s + self.T + 1] for s in starts]).astype(np.int64)
+        return rows[:, :-1].copy(), rows[:, 1:].copy()
+
+    def batch(self, step, n):
+        """-> x, y [n, T]. A function of seed and step alone: nothing to save or restore."""
+        return self.sequences(self.train, self.order[step * n:(step + 1) * n] * self.T)
+
+    def count(self, n):
+        """seen [n_val, T]: how often each validation token's 2-gram (it and the token before)
+        stands in the first n sequences of the order, those that training sees. copyable [n_val, T]:
+        never there, but earlier in the same context. Mostly in-context copying (induction) predicts
+        these: their loss shows whether it has formed."""
+        pairs = self.val_x * len(self.bytes) + self.val_y
+        unique, where = np.unique(pairs, return_inverse=True)
+        times = np.zeros(len(unique), np.int64)
+        for i in range(0, n, 4096):  # memory stays flat
+            x, y = self.sequences(self.train, self.order[i:min(i + 4096, n)] * self.T)
+            trained, k = np.unique(x * len(self.bytes) + y, return_counts=True)
+            _, ours, theirs = np.intersect1d(unique, trained, True, return_indices=True)
+            times[ours] += k[theirs]
+        self.seen = times[where.reshape(pairs.shape)]
+        self.copyable = self.seen == 0
+        for row, p in zip(self.copyable, pairs):
+            row[np.unique(p, return_index=True)[1]] = False  # its first time in this context
+
+    def score(self, losses):
+        """Nats of the validation tokens [n_val, T] -> what is reported of them."""
+        copy = float(losses[self.copyable].mean()) if self.copyable.any() else None
+        return {"val_loss": float(losses.mean()), "copy_loss": copy,
+                "val_bpb": float(losses.sum() / np.log(2) / self.bytes[self.val_y].sum())}
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument

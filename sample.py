@@ -21,6 +21,7 @@ import sys
 import time
 import zipfile
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -88,11 +89,11 @@ def complete(model, enc, ids, seed=0, **how):
 
 @torch.no_grad()
 def token_losses(model, x, y, batch_size, autocast, memory=True):
-    """-> nats for each token [n, T], in fp32, on the CPU; with the memory or without."""
+    """x, y [n, T] -> nats for each token [n, T], fp32, on the CPU; with the memory or without."""
     training = model.training
     model.eval()
     device, losses = model.embed.weight.device, []
-    for x, y in zip(x.split(batch_size), y.split(batch_size)):
+    for x, y in zip(torch.as_tensor(x).split(batch_size), torch.as_tensor(y).split(batch_size)):
         with autocast:
             logits = model(x.to(device), reads=None if memory else [])[0].float().flatten(0, 1)
         nats = F.cross_entropy(logits, y.to(device).flatten(), reduction="none")
@@ -117,6 +118,23 @@ def watch(model):
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def evaluate(model, tables, data, batch_size, autocast):
+    """-> losses on the validation set, the same tokens every time, and per memory layer signs that
+    it is alive: mean, spread and percentiles of the gate, |what it adds| / |h|, share of the
+    table's rows that training (tables: RowAdam) has touched. Nothing touches the training RNG."""
+    with watch(model) as seen:
+        losses = token_losses(model, data.val_x, data.val_y, batch_size, autocast)
+    record = data.score(losses.double().numpy())
+    for layer, state in zip(seen, tables.state, strict=True):
+        gate, added = torch.cat([g.flatten() for g, _ in layer]), [a for _, a in layer]
+        low, high = np.percentile(gate.cpu(), (5, 95))
+        for name, value in (("gate_mean", gate.mean()), ("gate_std", gate.std()), ("gate_p5", low),
+                            ("gate_p95", high), ("out_over_h", sum(added) / len(added)),
+                            ("rows_touched", (state["visits"] > 0).float().mean())):
+            record.setdefault(name, []).append(float(value))
+    return record
 
 
 def spans_of(enc, ids, values):
@@ -220,7 +238,7 @@ BUCKETS = ((0, "never"), (1, "1-9"), (10, "10-99"), (100, "100-999"), (1000, "1,
 
 def report(models, data, batch_size, autocast):
     """-> lines: what the memory did for models["engram"], beside models["moe"] if that is there.
-    data: train.Data, whose seen [n, T] says how often training saw each token's 2-gram."""
+    data: prepare_data.Data, whose seen [n, T] says how often training saw each token's 2-gram."""
     enc, x, y = encoding(data.meta["tokenizer"]), data.val_x, data.val_y
     if "engram" not in models:
         (name, model), = models.items()
@@ -239,7 +257,7 @@ def report(models, data, batch_size, autocast):
              + "".join(f"{name:>14s}" for name in arms)]
     ends = [low for low, _ in BUCKETS[1:]] + [math.inf]
     for (low, name), end in zip(BUCKETS, ends):
-        here = (data.seen >= low) & (data.seen < end)
+        here = torch.from_numpy((data.seen >= low) & (data.seen < end))
         if here.any():
             lines.append(f"{name:>24s}{here.float().mean():8.1%}{on[here].mean():9.3f}" + "".join(
                 f"{(arm - on)[here].mean():+14.3f}" for arm in arms.values()))

@@ -950,13 +950,12 @@ def test_no_network_falls_back_and_says_so(monkeypatch, tmp_path, capsys):
         if name != "python":
             raise prepare_data.Offline("the hub does not answer")
 
-    monkeypatch.setattr(train_script, "prepare", prepare)
-    cfg = train_script.Config(device="cuda", data_dir=str(tmp_path))
-    name, note = train_script.find_data(cfg)
+    monkeypatch.setattr(prepare_data, "prepare", prepare)
+    name, note = prepare_data.find("auto", "tinystories", tmp_path)
     assert name == "python" and prepared == ["tinystories", "python"]
     assert note and note in capsys.readouterr().out
     with pytest.raises(prepare_data.Offline):
-        train_script.find_data(replace(cfg, dataset="openwebtext"))
+        prepare_data.find("openwebtext", "python", tmp_path)
 
 
 def test_steps_are_capped_at_one_pass(corpus, tmp_path, capsys):
@@ -971,7 +970,7 @@ def test_steps_are_capped_at_one_pass(corpus, tmp_path, capsys):
 def test_copyable_tokens(corpus):
     """Counts of n-grams, and with them the loss that shows in-context copying, on wrong tokens."""
     cfg, shape = train_script.parse([*corpus, *TINY])
-    data = train_script.Data(cfg, shape)
+    data = prepare_data.Data(cfg, shape.block_size)
     data.count(2)
     x, y = data.val_x.tolist(), data.val_y.tolist()
     tx, ty = (t.flatten().tolist() for t in data.sequences(data.train, data.order[:2] * data.T))
@@ -1139,11 +1138,12 @@ def test_picture_of_the_shades(trained, tmp_path, capsys):
 def test_report_of_a_run(corpus, trained, capsys):
     """Buckets that overlap or miss tokens, a gain of another sign, the same text on and off."""
     cfg, shape = train_script.parse([*corpus, *TINY])
-    data = train_script.Data(cfg, shape)
+    data = prepare_data.Data(cfg, shape.block_size)
     models = {name: load_checkpoint(trained / name / "ckpt.pt")[1] for name in ("engram", "moe")}
+    x, y = torch.from_numpy(data.val_x), torch.from_numpy(data.val_y)
     with torch.no_grad():
-        nats = [F.cross_entropy(m(data.val_x, reads=r)[0].flatten(0, 1), data.val_y.flatten(),
-                                reduction="none").view(data.val_y.shape)
+        nats = [F.cross_entropy(m(x, reads=r)[0].flatten(0, 1), y.flatten(),
+                                reduction="none").view(y.shape)
                 for m, r in ((models["engram"], None), (models["engram"], []), (models["moe"], []))]
     lines = sample_script.report(models, data, 4, train_script.autocast(cfg))
     assert f"{nats[0].mean():.4f} -> {nats[1].mean():.4f} nats" in lines[1]
@@ -1155,7 +1155,7 @@ def test_report_of_a_run(corpus, trained, capsys):
     for row in rows:
         *name, tokens, loss, off, twin = row.split()
         low, high = names[" ".join(name)]
-        here = (data.seen >= low) & (data.seen <= high)
+        here = torch.from_numpy((data.seen >= low) & (data.seen <= high))
         assert float(tokens[:-1]) == pytest.approx(100 * here.float().mean().item(), abs=0.06)
         share += float(tokens[:-1])
         for shown, exact in ((loss, nats[0]), (off, nats[1] - nats[0]), (twin, nats[2] - nats[0])):

@@ -29,9 +29,8 @@ from tqdm import tqdm
 
 from engram import EngramConfig, RowAdam, canonical_ids, opt
 from model import GPT, GPTConfig, make_twins
-from prepare_data import (DEFAULT_MB, Offline, fail, load, lock, prepare, script, token_bytes,
-                          write_whole)
-from sample import compare, load_checkpoint, plot, report, token_losses, watch
+from prepare_data import Data, Offline, fail, lock, script, write_whole
+from sample import compare, evaluate, load_checkpoint, plot, report
 
 
 @dataclass
@@ -143,103 +142,6 @@ def autocast(cfg):
     return torch.autocast(torch.device(cfg.device).type, torch.bfloat16, cfg.dtype == "bfloat16")
 
 
-# ---- data ---------------------------------------------------------------------------------------
-
-def find_data(cfg):
-    """-> name of the data set, prepared if need be; what was done otherwise than asked, or None."""
-    name = cfg.dataset
-    if name == "auto":
-        name = "tinystories" if cfg.device.startswith("cuda") else "python"
-    if name in DEFAULT_MB and not (Path(cfg.data_dir) / name / "meta.json").exists():
-        try:
-            prepare(name, data_dir=cfg.data_dir)
-        except Offline as error:
-            if cfg.dataset != "auto":
-                raise
-            note = f"{name}: {error}; using python instead"
-            print(note)
-            return find_data(replace(cfg, dataset="python"))[0], note
-    return name, None
-
-
-class Data:
-    """Token sequences of a prepared data set: one pass in an order set by the seed, a validation
-    set that never changes, and what is known about its tokens."""
-
-    def __init__(self, cfg, shape):
-        self.name, self.note, self.T = *find_data(cfg), shape.block_size
-        self.meta, self.train, val = load(self.name, cfg.data_dir)
-        blocks = (len(self.train) - 1) // self.T
-        n = min(max(1, cfg.eval_tokens // self.T), (len(val) - 1) // self.T)
-        if n < 1 or blocks < cfg.tokens_per_step // self.T:
-            fail(f"{self.name}: {len(self.train):,} tokens to train on, {len(val):,} to validate: "
-                 f"too few for a step of {cfg.tokens_per_step:,} or a sequence of {self.T}")
-        self.order = np.random.default_rng(cfg.seed).permutation(blocks)
-        starts = np.linspace(0, len(val) - 1 - self.T, n).astype(int)
-        self.val_x, self.val_y = self.sequences(val, starts)
-        sequences = cfg.tokens_per_step // self.T
-        if cfg.steps > blocks // sequences:
-            print(f"steps {cfg.steps} capped at {blocks // sequences}, one pass over the "
-                  f"{len(self.train):,} tokens of {self.name}: on repeated data tables overfit")
-            cfg.steps = blocks // sequences
-        pieces = token_bytes(self.meta["tokenizer"])
-        self.canonical = canonical_ids(pieces, shape.engram.compress)
-        self.bytes = torch.tensor([len(b) for b in pieces])
-        self.bytes[self.meta["eot"]] = 0                          # the separator is not text
-        self.count(cfg.steps * sequences)
-
-    def sequences(self, tokens, starts):
-        rows = np.stack([tokens[s:s + self.T + 1] for s in starts]).astype(np.int64)
-        return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
-
-    def batch(self, step, n):
-        """-> x, y [n, T]. A function of seed and step alone: nothing to save or restore."""
-        return self.sequences(self.train, self.order[step * n:(step + 1) * n] * self.T)
-
-    def count(self, n):
-        """seen [n_val, T]: how often each validation token's 2-gram (it and the token before)
-        stands in the first n sequences of the order, those that training sees. copyable [n_val, T]:
-        never there, but earlier in the same context. Mostly in-context copying (induction) predicts
-        these: their loss shows whether it has formed."""
-        pairs = (self.val_x * len(self.bytes) + self.val_y).numpy()
-        unique, where = np.unique(pairs, return_inverse=True)
-        times = np.zeros(len(unique), np.int64)
-        for i in range(0, n, 4096):                               # memory stays flat
-            x, y = self.sequences(self.train, self.order[i:min(i + 4096, n)] * self.T)
-            trained, k = np.unique((x * len(self.bytes) + y).numpy(), return_counts=True)
-            _, ours, theirs = np.intersect1d(unique, trained, True, return_indices=True)
-            times[ours] += k[theirs]
-        self.seen = torch.from_numpy(times[where].reshape(pairs.shape))
-        self.copyable = self.seen == 0
-        for row, p in zip(self.copyable, pairs):
-            row[np.unique(p, return_index=True)[1]] = False       # its first time in this context
-
-    def score(self, losses):
-        """token_losses of the validation set -> what is reported of them."""
-        losses = losses.double()
-        copy = losses[self.copyable].mean().item() if self.copyable.any() else None
-        return {"val_loss": losses.mean().item(), "copy_loss": copy,
-                "val_bpb": losses.sum().item() / math.log(2) / self.bytes[self.val_y].sum().item()}
-
-
-# ---- evaluation: the same tokens every time -----------------------------------------------------
-
-def evaluate(model, tables, data, cfg):
-    """-> losses and, per memory layer, signs that it is alive: mean, spread and percentiles of the
-    gate, |what it adds| / |h|, share of the table's rows that training has touched."""
-    with watch(model) as seen:
-        record = data.score(token_losses(model, data.val_x, data.val_y, cfg.batch_size,
-                                         autocast(cfg)))
-    for layer, state in zip(seen, tables.state, strict=True):
-        gate, added = torch.cat([g.flatten() for g, _ in layer]), [a for _, a in layer]
-        low, high = np.percentile(gate.cpu(), (5, 95))
-        for name, value in (("gate_mean", gate.mean()), ("gate_std", gate.std()), ("gate_p5", low),
-                            ("gate_p95", high), ("out_over_h", sum(added) / len(added)),
-                            ("rows_touched", (state["visits"] > 0).float().mean())):
-            record.setdefault(name, []).append(float(value))
-    return record
-
-
 # ---- one model ----------------------------------------------------------------------------------
 
 def optimisers(model, cfg):
@@ -283,7 +185,8 @@ def start(path, run, shape, cfg, data):
     """-> model, backbone and table optimisers, state of training: new, or as the checkpoint at
     path has them, which is refused unless it is of this run."""
     torch.manual_seed(cfg.seed)
-    saved, model = load_checkpoint(path) if path.exists() else (None, GPT(shape, data.canonical))
+    canonical = canonical_ids(data.token_bytes, not shape.engram or shape.engram.compress)
+    saved, model = load_checkpoint(path) if path.exists() else (None, GPT(shape, canonical))
     if saved and (differ := [f"{k} {v!r} there, {run.get(k)!r} here"
                              for k, v in saved["run"].items() if v != run.get(k)]):
         fail(f"{path} is of another run: {'; '.join(differ)}")
@@ -326,7 +229,7 @@ def train(name, shape, cfg, data):
         while step == first or step % cfg.eval_every and step < cfg.steps:
 
             # ---- forward and backward
-            x, y = (t.to(device) for t in data.batch(step, sequences))
+            x, y = (torch.from_numpy(t).to(device) for t in data.batch(step, sequences))
             reads = model.read(x)           # once a step: the addresses need the tokens alone
             loss = 0.0
             for part in micro:
@@ -361,7 +264,7 @@ def train(name, shape, cfg, data):
                         "tokens_per_s": steps * cfg.tokens_per_step / spent, "lr": lr,
                         "train_loss": train_loss / steps, "load_max": float(uneven) / steps,
                         "peak_bytes": peak_bytes(device),
-                        **evaluate(model, tables, data, cfg)})
+                        **evaluate(model, tables, data, cfg.batch_size, autocast(cfg))})
         check_finite(records[-1]["val_loss"], step, path)
         # the log first: a checkpoint is never ahead of it
         write_log(out / "log.jsonl", header, records)
@@ -400,7 +303,7 @@ def main(argv=None):
             cfg.dtype = load_checkpoint(there[0])[0]["run"]["dtype"] if there else \
                 faster_dtype(cfg.device)
         try:
-            data = Data(cfg, shape)
+            data = Data(cfg, shape.block_size)
             shape.vocab_size = data.meta["vocab_size"]
             shapes, lines = make_twins(shape, cfg.rho)
         except (Offline, ValueError) as error:
