@@ -14,11 +14,17 @@ Letters, here and in model.py:
     N largest n-gram order, K hash heads per order, M = len(orders) * K rows read per token
     R rows of one layer's table, d width of one row, d_mem = M * d, U unique rows read in a step
 """
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache, partial
+from tempfile import TemporaryFile
 from typing import NamedTuple
 import math
+import os
 import re
 import unicodedata
+import warnings
 
 import numpy as np
 import torch
@@ -81,9 +87,10 @@ V41 = dict(blocks=(1, 14), orders=(2, 3, 4), heads=8, rows=16_000_000, width=256
 
 class Read(NamedTuple):
     """What one layer reads in one step: the unique rows once, and who wants which."""
-    rows: torch.Tensor      # [U] row numbers, sorted
+    rows: torch.Tensor      # [U] row numbers, sorted; they lie where the table lies
     leaf: torch.Tensor      # [U, d] their values; in training a leaf, so its .grad is [U, d] too
     inverse: torch.Tensor   # [B, T, M] positions in rows
+    ready: Callable | None = None     # to be called before leaf is used, see Fetch
 
     def micro(self, sequences):
         """The same read for some of the step's sequences: all micro-batches share one leaf."""
@@ -92,8 +99,9 @@ class Read(NamedTuple):
 
 class Engram(nn.Module):
 
-    def __init__(self, cfg, block, n_embd, n_canonical, pad):
-        """cfg: EngramConfig with rows. n_canonical: V'. pad: the canonical id before the text."""
+    def __init__(self, cfg, block, n_embd, n_canonical, pad, new=torch.empty):
+        """cfg: EngramConfig with rows. n_canonical: V'. pad: the canonical id before the text.
+        new(R, d): makes the table."""
         super().__init__()
         if not cfg.rows:
             raise ValueError("engram rows are not set: give them, or use make_twins(cfg, rho)")
@@ -106,7 +114,8 @@ class Engram(nn.Module):
         buffer("primes", primes)
         buffer("offsets", offsets[:-1].reshape(len(cfg.orders), cfg.heads))
         # A buffer, not a parameter: no dense gradient of R rows ever exists, see read().
-        self.register_buffer("table", torch.empty(offsets[-1], cfg.width))
+        self.register_buffer("table", new(int(offsets[-1]), cfg.width))
+        self.fetch = None                                 # how to read a table that lies elsewhere
         self.value = nn.Linear(cfg.d_mem, n_embd, bias=cfg.bias)
         if cfg.gate != "off":
             self.key = nn.Linear(cfg.d_mem, n_embd, bias=cfg.bias)
@@ -165,13 +174,12 @@ class Engram(nn.Module):
     # ---- addresses and rows
 
     def hash(self, x, history=None):
-        """x [B, T] canonical ids, history [B, N-1] those before them (None: start of text)
+        """x [B, T] canonical ids, history [B, below N] the last of those before (None: no text)
         -> row numbers [B, T, M] in the flat table. All heads of an order share one mix and
         differ by their prime alone. int64 throughout: with ids below V' no product overflows."""
         cfg, N, T = self.cfg, self.cfg.orders[-1], x.size(1)
-        if history is None:
-            history = x.new_full((x.size(0), N - 1), self.pad)
-        x = torch.cat([history, x], dim=1)                                        # [B, N-1+T]
+        x = x if history is None else torch.cat([history, x], dim=1)
+        x = F.pad(x, (N - 1 + T - x.size(1), 0), value=self.pad)                  # [B, N-1+T]
         mix, rows, joined = 0, [], True
         for k in range(N):                                                        # x[t-k]
             past = x[:, N - 1 - k:N - 1 - k + T]
@@ -190,13 +198,16 @@ class Engram(nn.Module):
         with 1e5 rows or 1e7, its gradient is dense (clipping is ordinary), and a table that lives
         elsewhere differs in this one gather."""
         rows, inverse = rows.unique(return_inverse=True)
-        leaf = self.table.index_select(0, rows)
-        return Read(rows, leaf.requires_grad_(torch.is_grad_enabled()), inverse)
+        rows, leaf, ready = self.fetch(self.table, rows) if self.fetch else \
+            (rows, self.table.index_select(0, rows), None)
+        return Read(rows, leaf.requires_grad_(torch.is_grad_enabled()), inverse, ready)
 
 
 def lookup(read):
     """-> e [B, T, d_mem], the M rows of each token side by side. index_select, because the backward
     of leaf[inverse] on a CPU adds in another order each time and took 12x as long."""
+    if read.ready:
+        wait(read.ready)
     e = read.leaf.index_select(0, read.inverse.flatten())
     return e.view(*read.inverse.shape[:2], -1)
 
@@ -207,21 +218,22 @@ class RowAdam:
     one clock for all, as in torch.optim.SparseAdam, a row first read late takes a first step 2.2
     times too small (beta2 0.95), and most rows of a Zipfian text are first read late."""
 
-    def __init__(self, tables, betas=(0.9, 0.95), eps=1e-8):
-        """tables: list of [R, d] tensors, changed in place; the moments live beside them."""
+    def __init__(self, tables, betas=(0.9, 0.95), eps=1e-8, new=torch.empty):
+        """tables: list of [R, d] tensors, changed in place; new: makes the moments beside them."""
         self.betas, self.eps, self.tables = betas, eps, tables
-        self.state = [{"exp_avg": torch.zeros_like(t), "exp_avg_sq": torch.zeros_like(t),
-                       "visits": t.new_zeros(t.size(0), 1)} for t in tables]
+        self.state = [{name: new(len(t), width, dtype=t.dtype, device=t.device).zero_()
+                       for name, width in (("exp_avg", t.size(1)), ("exp_avg_sq", t.size(1)),
+                                           ("visits", 1))} for t in tables]
 
     @torch.no_grad()
     def step(self, reads, lr):
         """reads: one Read per table, each leaf with its gradient."""
         b1, b2 = self.betas
-        for table, state, (rows, leaf, _) in zip(
-                self.tables, self.state, reads, strict=True):
+        for table, state, read in zip(self.tables, self.state, reads, strict=True):
+            rows, leaf, grad = (x.to(table.device) for x in (read.rows, read.leaf, read.leaf.grad))
             t = state["visits"].index_select(0, rows) + 1
-            m = state["exp_avg"].index_select(0, rows).lerp_(leaf.grad, 1 - b1)
-            v = state["exp_avg_sq"].index_select(0, rows).lerp_(leaf.grad.square(), 1 - b2)
+            m = state["exp_avg"].index_select(0, rows).lerp_(grad, 1 - b1)
+            v = state["exp_avg_sq"].index_select(0, rows).lerp_(grad.square(), 1 - b2)
             denom = (v / (1 - b2 ** t)).sqrt_().add_(self.eps)
             table.index_copy_(0, rows, leaf - lr * (m / (1 - b1 ** t)) / denom)
             for name, value in (("exp_avg", m), ("exp_avg_sq", v), ("visits", t)):
@@ -276,3 +288,89 @@ def head_primes(cfg):
                     taken.add(p)
             primes[block].append(heads)
     return primes
+
+
+def table_parameters(cfg):
+    return cfg.width * sum(p for layer in head_primes(cfg).values() for heads in layer
+                           for p in heads)
+
+
+# ---- where the table lives ----------------------------------------------------------------------
+
+class Fetch:
+    """Reads a table that lies in host memory, or in a mapped file, which looks the same. Rows are
+    known as soon as the tokens are: a worker thread gathers them at once, and to a GPU they go on a
+    stream of their own, while the blocks before the memory compute. Each read has a staging buffer
+    and a leaf of its own, so reads in flight never mix, and torch's pinned allocator hands a buffer
+    out again only when the copy from it has ended. Only the buffer is pinned: the GPU never sees
+    the table (and that allocator rounds up to a power of two). Start a read after the update that
+    it should see. prefetch=False: all of it at the place of use, for comparison."""
+
+    def __init__(self, prefetch=True):
+        self.worker = ThreadPoolExecutor(1, "prefetch") if prefetch else None   # ends with self
+        self.stream = None
+
+    def __call__(self, table, rows):
+        """table [R, d], rows [U] where the model is -> rows where the table is; leaf [U, d] where
+        the model is, still empty; ready(), which returns, or raises, when the gather is over."""
+        leaf = table.new_empty(len(rows), table.size(1), device=rows.device)
+        # leaf's memory may have had a use that is still queued: the copy must come after this
+        now = torch.cuda.current_stream(leaf.device).record_event() if leaf.is_cuda else None
+        rows = rows.to(table.device)                            # waits for a GPU: U is known to it
+        gather = partial(self.gather, table, rows, leaf.detach(), now)
+        return rows, leaf, self.worker.submit(gather).result if self.worker else cache(gather)
+
+    def gather(self, table, rows, leaf, now):
+        """Fill leaf -> on a GPU, the event that says it is filled."""
+        with torch.inference_mode(leaf.is_inference()):         # a thread has modes of its own
+            if not leaf.is_cuda:
+                torch.index_select(table, 0, rows, out=leaf)
+                return None
+            staging = pinned(leaf.shape, leaf.dtype)
+            torch.index_select(table, 0, rows, out=staging)
+            self.stream = self.stream or torch.cuda.Stream(leaf.device)
+            with torch.cuda.stream(self.stream):
+                self.stream.wait_event(now)
+                leaf.copy_(staging, non_blocking=True)
+                leaf.record_stream(self.stream)                 # should it be dropped unused
+                return self.stream.record_event()
+
+
+@torch.compiler.disable
+def wait(ready):
+    """The place of use: on a CPU the gather is over after this, on a GPU what is queued from here
+    on comes after the copy."""
+    if event := ready():
+        torch.cuda.current_stream().wait_event(event)
+
+
+def pinned(shape, dtype):
+    """An empty tensor that a GPU can copy from while it computes; if that fails, any."""
+    try:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+    except RuntimeError as error:
+        warnings.warn(f"memory is not pinned, a copy from it holds up the rest: {error}")
+        return torch.empty(shape, dtype=dtype)
+
+
+def mapped(folder, *shape, dtype=torch.float32, device="cpu"):
+    """torch.empty in a file under folder, which has no name and goes when the process does."""
+    size = math.prod(shape) * dtype.itemsize
+    try:
+        with TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, size)    # on a full disk: now, and not by SIGBUS
+            data = np.memmap(file, np.uint8, "r+", shape=size)
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror} (a table of {size:,} bytes)", str(folder))
+    return torch.from_numpy(data).view(dtype).view(shape)
+
+
+def place(model, device, where="resident", prefetch=True):
+    """Move a GPT to device, its tables too (resident), or not (host, or disk: made by mapped)."""
+    fetch = None if where == "resident" else Fetch(prefetch)
+    tables = {engram: engram.table for engram in model.engrams() if fetch}
+    for engram in tables:
+        engram.table = None                                       # what is None does not move
+    model.to(device)
+    for engram in model.engrams():
+        engram.fetch, engram.table = fetch, tables.get(engram, engram.table)

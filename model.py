@@ -19,7 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from engram import Engram, EngramConfig, head_primes, opt
+from engram import Engram, EngramConfig, opt, table_parameters
 from moe import MoE
 
 
@@ -117,9 +117,9 @@ class Cache:
 
 class GPT(nn.Module):
 
-    def __init__(self, cfg, canonical):
+    def __init__(self, cfg, canonical, new=torch.empty):
         """canonical [V]: engram.canonical_ids of the tokenizer (or what a checkpoint says it was).
-        The padding before a text is the last id, end of text."""
+        The padding before a text is the last id, end of text. new: makes the memory's tables."""
         super().__init__()
         self.cfg = cfg
         canonical = np.asarray(canonical)
@@ -130,7 +130,7 @@ class GPT(nn.Module):
         shape = (cfg.n_embd, int(canonical.max()) + 1, int(canonical[-1]))       # D, V', pad
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)                    # also the head
         self.blocks = nn.ModuleList(
-            Block(cfg, Engram(cfg.engram, i, *shape) if i in memory else None)
+            Block(cfg, Engram(cfg.engram, i, *shape, new) if i in memory else None)
             for i in range(cfg.n_layer))
         self.norm = nn.RMSNorm(cfg.n_embd)
         hd = cfg.n_embd // cfg.n_head
@@ -160,15 +160,15 @@ class GPT(nn.Module):
 
     def read(self, idx, cache=None):
         """Hash tokens [B, T] and read the rows of all memory layers -> [Read per memory layer].
-        Needs token ids alone, hence possible before (and beside) all else. Decoding that hashes
-        a token without the N-1 before it, which the cache carries, reads other rows."""
+        Needs token ids alone, hence possible before (and beside) all else: where tables lie in
+        host memory, this starts the gathers, and Engram.forward waits for them. Decoding that
+        hashes a token without the N-1 before it, which the cache carries, reads other rows."""
         if not self.cfg.engram:
             return []
         x, past = self.canonical[idx], cache.history if cache else None
-        if past is None:
-            past = x.new_full((len(x), self.cfg.engram.orders[-1] - 1), self.engrams()[0].pad)
         if cache:
-            cache.history = torch.cat([past, x], dim=1)[:, x.size(1):]
+            seen = x if past is None else torch.cat([past, x], dim=1)
+            cache.history = seen[:, max(0, seen.size(1) + 1 - self.cfg.engram.orders[-1]):]
         return [engram.read(engram.hash(x, past)) for engram in self.engrams()]
 
     def forward(self, idx, targets=None, reads=None, cache=None):
@@ -257,8 +257,7 @@ def make_twins(cfg, rho):
     rows = freed // tables
 
     def over(rows):                                             # primes lie above what is asked for
-        primes = head_primes(replace(cfg.engram, rows=rows)).values()
-        return sum(p for heads in primes for ps in heads for p in ps) * cfg.engram.width - freed
+        return table_parameters(replace(cfg.engram, rows=rows)) - freed
 
     while rows > 1 and over(rows) > 0:
         rows -= math.ceil(over(rows) / tables)

@@ -11,12 +11,14 @@ so that all of it is never in memory.
 """
 import argparse
 import base64
+import ctypes
 import fcntl
 import hashlib
 import heapq
 import importlib.util
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -105,6 +107,37 @@ def write_whole(path, write):
         if isinstance(e.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt
         fail(f"{path} could not be written ({e}); what was there before is kept")
+
+
+def keep_freed_memory():
+    """glibc hands large freed blocks back to the system, and each step maps and clears its
+    activations anew: a quarter of its time on a CPU. Have it keep them."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(-4, 0)               # M_MMAP_MAX: no mappings of their own
+        ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)     # M_TRIM_THRESHOLD: 2 GB
+
+
+def free_memory():
+    """Bytes that this process can still have: the system's, or its container's if that is less.
+    None where neither says (they do on Linux)."""
+    def number(path, pattern, unit=1):
+        try:
+            found = re.search(pattern, Path(path).read_text())
+        except OSError:
+            return None
+        return found and int(found[1]) * unit
+    free = number("/proc/meminfo", r"MemAvailable:\s+(\d+)", 1024)
+    most = number("/sys/fs/cgroup/memory.max", r"^(\d+)")
+    used = number("/sys/fs/cgroup/memory.current", r"^(\d+)")
+    return min(free, most - used) if free and most and used else free
+
+
+def need_memory(size, what):
+    """fail() if so many bytes are not free: the system would swap, or end some process."""
+    free = free_memory()
+    if free is not None and size > free:
+        fail(f"not enough memory: {what} takes {size / 1e9:,.1f} GB, {free / 1e9:.1f} GB are free; "
+             "ask for fewer rows")
 
 
 @contextmanager

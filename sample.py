@@ -4,7 +4,7 @@ Look at what train.py made: text, what the memory does to it, and the twins side
     python sample.py --prompt "def main("                  # the Engram model of out/
     python sample.py --prompt "def main(" --memory         # shaded by the nats the memory saved
     python sample.py --prompt "import os" --max_new_tokens 0 --gates --png gates.png
-    python sample.py --table                               # table and loss.png again, from the logs
+    python sample.py --compare                             # table and loss.png again, from the logs
 
 The idea: cached decoding. Each token is computed once; keys, values, the last n-gram and the
 convolution's tail are carried on (model.Cache).
@@ -25,19 +25,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from engram import lookup
+from engram import lookup, place
 from model import GPT, Cache, GPTConfig
 from prepare_data import Offline, encoding, fail, script
 
 
-def load_checkpoint(path):
-    """-> what train.py saved at path, and the model with its weights, on the CPU."""
+def load_checkpoint(path, new=torch.empty):
+    """-> what train.py saved at path, and the model with its weights, on the CPU. new: makes the
+    tables they are copied into; None: weights stay in the file, mapped, and are read from there."""
     try:
         if damaged := zipfile.ZipFile(path).testzip():
             raise ValueError(f"{damaged} has another checksum")
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        model = GPT(GPTConfig(**saved["shape"]), saved["model"]["canonical"])
-        model.load_state_dict(saved["model"])
+        saved = torch.load(path, map_location="cpu", mmap=not new, weights_only=True)
+        model = GPT(GPTConfig(**saved["shape"]), saved["model"]["canonical"],
+                    new or partial(torch.empty, device="meta"))          # no table is made
+        model.load_state_dict(saved["model"], assign=not new)
         saved["run"], saved["records"][-1], saved["tokenizer"]                    # all there?
         if (name := saved["header"]["model"]) != path.parent.name:
             raise ValueError(f"it holds a model {name}")
@@ -59,8 +61,9 @@ def generate(model, idx, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, g
     """Continue idx [1, T], up to the end of the context; yields each token id as soon as it is
     known. temperature 0 takes the likeliest; top_p keeps the likeliest that together have it."""
     cache = Cache(model.cfg)
+    reads = model.read(idx, cache) if memory else []
     for _ in range(min(max_new_tokens, model.cfg.block_size - idx.size(1))):
-        logits = model(idx, reads=None if memory else [], cache=cache)[0][:, -1].float()
+        logits = model(idx, reads=reads, cache=cache)[0][:, -1].float()
         if temperature < 1e-3:
             idx = logits.argmax(-1, keepdim=True)
         else:
@@ -68,6 +71,7 @@ def generate(model, idx, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, g
             probs = (logits / temperature).softmax(-1)
             probs[probs.cumsum(-1) - probs >= top_p] = 0                         # the first stays
             idx = ids.gather(-1, torch.multinomial(probs, 1, generator=generator))
+        reads = model.read(idx, cache) if memory else []     # under way while the caller prints
         yield idx.item()
 
 
@@ -401,14 +405,16 @@ def main(argv=None):
         "probability (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the draws; one more each (default: %(default)s)")
     add("--num_samples", type=int, default=1, help="one after the other (default: %(default)s)")
+    add("--table", default="resident", choices=("resident", "host", "disk"), help="where the "
+        "memory's table lives: disk leaves it in the checkpoint (default: %(default)s)")
     add("--png", metavar="FILE", help="draw what --memory or --gates show")
     modes = parser.add_mutually_exclusive_group()
     for flag, what in (("--memory", "shade each token by the nats the memory saved on it"),
                        ("--gates", "shade each token by how far the gate opened"),
-                       ("--table", "tabulate and plot the runs of out_dir instead")):
+                       ("--compare", "tabulate and plot the runs of out_dir instead")):
         modes.add_argument(flag, action="store_true", help=what)
     args = parser.parse_args(argv)
-    if args.table:
+    if args.compare:
         plot(args.out_dir)
         return print(*compare(args.out_dir), f"curves: {args.out_dir}/loss.png", sep="\n")
     for name, low, high in (("max_new_tokens", 0, 1e9), ("top_k", 1, 1e9), ("temperature", 0, 100),
@@ -419,7 +425,9 @@ def main(argv=None):
         fail("--png needs --memory or --gates, and one sample")
     if args.prompt == "":
         fail("the prompt is empty; leave --prompt out and a document begins from its start")
-    saved, model = load_checkpoint(Path(args.out_dir) / args.model / "ckpt.pt")
+    saved, model = load_checkpoint(Path(args.out_dir) / args.model / "ckpt.pt",
+                                   None if args.table == "disk" else torch.empty)
+    place(model, "cpu", args.table)
     block_size, prompt = model.cfg.block_size, args.prompt or ""
     if (args.memory or args.gates) and not model.engrams():
         fail(f"{args.model} has no memory to show; --memory and --gates are for --model engram")

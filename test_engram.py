@@ -10,7 +10,9 @@ configurations, with the canonical ids of the inputs, so that GPT-2's tokenizer 
 """
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+import gc
 import hashlib
 import http.server
 import inspect
@@ -32,13 +34,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import bench_offload
 import engram as engram_module
 import prepare_data
 import sample as sample_script
 import sweep
 import train as train_script
-from engram import (DEMO, PAPER_27B, V41, Engram, EngramConfig, RowAdam, canonical_ids,
-                    hash_multipliers, head_primes, lookup, normalise)
+from engram import (DEMO, PAPER_27B, V41, Engram, EngramConfig, Fetch, RowAdam, canonical_ids,
+                    hash_multipliers, head_primes, lookup, mapped, normalise, pinned, place)
 from model import GPT, Block, Cache, GPTConfig, attend, make_twins
 from moe import MoE
 from sample import load_checkpoint
@@ -806,7 +809,7 @@ def test_train_both_and_sample(corpus, tmp_path, capsys):
         sample_script.main(f"--out_dir {tmp_path} --model {model} --prompt w1 --seed 3".split())
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[2] != texts[1] and texts[0].startswith("w1")
-    sample_script.main(["--out_dir", str(tmp_path), "--table"])
+    sample_script.main(["--out_dir", str(tmp_path), "--compare"])
     assert capsys.readouterr().out.strip() in printed
     argv = ["--out_dir", tmp_path, "--prompt", "w1 " * 40]
     assert "shorten it" in refused(capsys, sample_script.main, *argv)
@@ -911,7 +914,7 @@ def test_checkpoints_that_do_not_fit_are_refused(corpus, tmp_path, capsys):
         assert "not a readable checkpoint" in refused(capsys, main, *argv, "--resume")
     argv = ["--out_dir", tmp_path / "none"]
     assert "no checkpoint" in refused(capsys, sample_script.main, *argv)
-    assert "no log" in refused(capsys, sample_script.main, *argv, "--table")
+    assert "no log" in refused(capsys, sample_script.main, *argv, "--compare")
 
 
 @pytest.mark.parametrize("argv, part", [
@@ -1025,7 +1028,7 @@ def test_sampling(trained, capsys):
 def test_top_p_keeps_the_nucleus():
     """The token that crosses the threshold dropped, or all of them."""
     class Fixed(torch.nn.Module):                      # logits that do not depend on the text
-        cfg = GPTConfig(block_size=5000, engram=None)
+        cfg, read = GPTConfig(block_size=5000, engram=None), lambda self, idx, cache: []
 
         def forward(self, idx, reads, cache):
             return torch.tensor([0.5, 0.3, 0.15, 0.05]).log()[None, None], None, None
@@ -1194,13 +1197,13 @@ def test_damaged_files_are_refused(corpus, trained, tmp_path, capsys):
     for bad in (whole[:-5], whole.replace("val_loss", "loss"), "[]\n" * 3,
                 re.sub('"val_loss": [0-9.]+', '"val_loss": NaN', whole)):
         path.write_text(bad)
-        assert "not a readable log" in refused(capsys, sample_script.main, *argv, "--table")
+        assert "not a readable log" in refused(capsys, sample_script.main, *argv, "--compare")
     run(*corpus, *TINY, "--model", "moe", "--out_dir", tmp_path / "out", "--resume")
     assert path.read_text().splitlines()[1:] == whole.splitlines()[1:], "as the message promised"
     shutil.copy(trained / "moe" / "ckpt.pt", tmp_path / "out" / "engram")
     assert "holds a model moe" in refused(capsys, sample_script.main, *argv)
     shutil.copy(path, tmp_path / "out" / "engram")
-    assert "log of a model moe" in refused(capsys, sample_script.main, *argv, "--table")
+    assert "log of a model moe" in refused(capsys, sample_script.main, *argv, "--compare")
     assert "not valid UTF-8 at character 2" in refused(
         capsys, sample_script.main, "--out_dir", trained, "--prompt", "ca\udce9")
     (tmp_path / "file").touch()
@@ -1221,7 +1224,7 @@ def test_an_output_that_takes_no_more(trained):
     closed = shell(f"$PY sample.py --out_dir {trained} --num_samples 300 --max_new_tokens 5 |"
                    " head -n1; exit ${PIPESTATUS[0]}")
     full = shell(f"$PY sample.py --out_dir {trained} > /dev/full")
-    table = shell(f"$PY sample.py --out_dir {trained} --table > /dev/full")
+    table = shell(f"$PY sample.py --out_dir {trained} --compare > /dev/full")
     prepare = shell(f"$PY prepare_data.py README.md --data_dir {trained}/d > /dev/full")
     for done in (closed, full, table, prepare):
         last = done.stderr.strip().splitlines()[-1]
@@ -1274,7 +1277,321 @@ def test_ctrl_c_before_the_first_checkpoint(corpus, tmp_path):
     assert stopped.returncode == 130 and not list(tmp_path.glob("*/ckpt.pt"))
 
 
-# ---- the fair result ----------------------------------------------------------------------------
+# ---- where the table lives ----------------------------------------------------------------------
+
+@pytest.mark.parametrize("where, prefetch", [("host", True), ("host", False), ("disk", True)])
+def test_offloaded_is_resident_bit_for_bit(where, prefetch, tmp_path):
+    """Rows of another layer, another batch or another step; a gather that rounds. Two memory
+    layers, n-grams that repeat, whole texts and cached chunks."""
+    model, idx = tiny_gpt(torch.float32), torch.randint(VOCAB, (3, 20))
+    idx[1, 5:15] = idx[0, 5:15]
+
+    def outputs():
+        cache = Cache(model.cfg)
+        chunks = [model(part, cache=cache)[0] for part in idx.split([1, 1, 7, 11], dim=1)]
+        return [model(idx)[0], *chunks, torch.tensor(list(
+            sample_script.generate(model, idx[:1, :4], 20, temperature=0)))]
+
+    want = outputs()
+    if where == "disk":
+        for engram in model.engrams():
+            engram.table = mapped(tmp_path, *engram.table.shape).copy_(engram.table)
+    place(model, "cpu", where, prefetch)
+    assert all(read.ready for read in model.read(idx))
+    assert all(map(torch.equal, outputs(), want)) and not list(tmp_path.iterdir())
+
+
+LAYERS = "--model engram --engram_blocks 0 1 --steps 20 --eval_every 10".split()
+
+
+def same_run(a, b):
+    """Equal curves, weights, tables and moments, to the last bit."""
+    (x, _), (y, _) = (load_checkpoint(folder / "engram" / "ckpt.pt") for folder in (a, b))
+    moments = lambda saved: [v for state in saved["tables"] for v in state.values()]
+    return same_curve(log(a), log(b)) and all(
+        torch.equal(p, y["model"][name]) for name, p in x["model"].items()) and all(
+        map(torch.equal, moments(x), moments(y)))
+
+
+def test_offloaded_training_is_resident_training_bit_for_bit(corpus, tmp_path, monkeypatch):
+    """A gradient that goes to other rows, moments that miss a step, a read before the update."""
+    argv = [*corpus, *TINY, *LAYERS]
+    for where in ("resident", "host", "disk"):
+        run(*argv, "--table", where, "--out_dir", tmp_path / where)
+    monkeypatch.setattr(train_script, "place", partial(place, prefetch=False))
+    run(*argv, "--table", "host", "--out_dir", tmp_path / "synchronous")
+    for where in ("host", "disk", "synchronous"):
+        assert same_run(tmp_path / where, tmp_path / "resident"), where
+    assert sorted(p.name for p in (tmp_path / "disk" / "engram").iterdir()) == \
+        ["ckpt.pt", "log.jsonl"]
+
+
+def test_a_run_goes_on_with_its_table_elsewhere(corpus, tmp_path, monkeypatch):
+    """A table or moments that do not come back from the checkpoint, or only where they were."""
+    argv, schedule = [*corpus, *TINY, *LAYERS], train_script.learning_rate
+    run(*argv, "--out_dir", tmp_path / "whole")
+    for first, then in (("host", "disk"), ("disk", "host"), ("resident", "disk")):
+        out = tmp_path / f"{first}_{then}"
+
+        def stop(step, cfg):
+            if step == 13:
+                raise KeyboardInterrupt
+            return schedule(step, cfg)
+
+        monkeypatch.setattr(train_script, "learning_rate", stop)
+        with pytest.raises(SystemExit):
+            run(*argv, "--table", first, "--out_dir", out)
+        monkeypatch.setattr(train_script, "learning_rate", schedule)
+        run(*argv, "--table", then, "--out_dir", out, "--resume")
+        assert len(log(out)[0]["resumed"]) == 1 and same_run(out, tmp_path / "whole")
+
+
+class Slow(Fetch):
+    """Gathers that take a while, and say when they begin."""
+    begun = 0
+
+    def gather(self, *args):
+        self.begun += 1
+        time.sleep(0.05)
+        return super().gather(*args)
+
+
+def test_reads_in_flight_do_not_mix():
+    """A staging buffer used again before the read before it was."""
+    engram = tiny_gpt().engrams()[0]
+    rows = [torch.randint(len(engram.table), (2, 9, 4)) for _ in range(6)]
+    engram.fetch = Slow()
+    reads = [engram.read(r) for r in rows]
+    for r, read in reversed(list(zip(rows, reads))):
+        assert torch.equal(lookup(read), engram.table[r].flatten(2))
+
+
+def test_reads_start_early():
+    """A prefetch that begins at the place of use, or, in decoding, when the caller asks for more;
+    a synchronous read that does not wait for its place."""
+    model, idx = tiny_gpt(), torch.randint(VOCAB, (1, 4))
+    place(model, "cpu", "host")
+    slow = Slow()
+    for engram in model.engrams():
+        engram.fetch = slow
+    for n, _ in zip(range(2, 8), sample_script.generate(model, idx, 20)):
+        deadline = time.time() + 10
+        while slow.begun < 2 * n and time.time() < deadline:      # two layers; one read ahead
+            time.sleep(0.01)
+        assert slow.begun == 2 * n
+    slow = Slow(prefetch=False)
+    for engram in model.engrams():
+        engram.fetch = slow
+    reads = model.read(idx)
+    time.sleep(0.1)
+    assert slow.begun == 0
+    model(idx, reads=reads), model(idx, reads=reads)
+    assert slow.begun == 2                                        # once a read
+
+
+def test_a_worker_that_fails():
+    """A hang, a silent empty row, or a thread that outlives its model."""
+    class Broken(Fetch):
+        def gather(self, *args):
+            raise OSError(5, "the disk does not answer")
+
+    before, model, idx = threading.active_count(), tiny_gpt(), torch.randint(VOCAB, (1, 4))
+    want = model(idx)[0]
+    place(model, "cpu", "host")
+    good, broken = model.engrams()[0].fetch, Broken()
+    for engram in model.engrams():
+        engram.fetch = broken
+    with pytest.raises(OSError, match="does not answer"):
+        model(idx)
+    for engram in model.engrams():
+        engram.fetch = good
+    assert torch.equal(model(idx)[0], want)
+    assert threading.active_count() > before
+    del model, engram, good, broken
+    gc.collect()
+    deadline = time.time() + 10
+    while threading.active_count() > before and time.time() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+def test_memory_that_cannot_be_pinned(monkeypatch):
+    """A run that ends because the system pins no more. (Without a GPU nothing can be pinned.)"""
+    def empty(*args, pin_memory=False, real=torch.empty, **how):
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return real(*args, **how)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.warns(UserWarning, match="not pinned.*out of memory"):
+        assert pinned((3, 2), torch.bfloat16).shape == (3, 2)
+
+
+def test_not_enough_room_for_a_table(corpus, tmp_path, capsys, monkeypatch):
+    """A machine that swaps or ends the process; a disk that fills up half way (SIGBUS)."""
+    argv = [*corpus, *TINY, "--out_dir", tmp_path]
+    main = bench_offload.main
+    assert prepare_data.free_memory() > 1e8
+    assert "not enough memory" in refused(capsys, main, "--rows", 10 ** 12, "--out", tmp_path)
+    monkeypatch.setattr(prepare_data, "free_memory", lambda: 100)
+    assert "takes 0.0 GB" in refused(capsys, train_script.main, *argv, "--table", "host")
+
+    def full(handle, start, size):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="a table of 48 bytes") as error:
+        mapped(tmp_path, 4, 3)
+    assert error.value.filename == str(tmp_path)
+
+
+def test_the_checkpoint_is_the_file_of_the_table(trained, tmp_path, capsys, monkeypatch):
+    """sample.py --table disk: a table that is copied into memory all the same, that is written to,
+    or a file that is missing, cut short or of something else and is read nevertheless."""
+    path = trained / "engram" / "ckpt.pt"
+    before = path.read_bytes()
+    _, model = load_checkpoint(path, None)
+    inside = [line for line in open("/proc/self/maps") if str(path) in line]
+    low, high = (int(end, 16) for end in inside[0].split()[0].split("-"))
+    assert all(low <= engram.table.data_ptr() < high for engram in model.engrams())
+    del model
+    texts = {look(capsys, trained, "--seed", 3, "--table", where).out
+             for where in ("resident", "host", "disk")}
+    assert len(texts) == 1 and path.read_bytes() == before
+    (tmp_path / "engram").mkdir()
+    for content in (before[:-100], before[:len(before) // 2], b"PK" + bytes(5000), b"", None):
+        copy = tmp_path / "engram" / "ckpt.pt"
+        copy.write_bytes(content) if content is not None else copy.unlink()
+        argv = ["--out_dir", tmp_path, "--table", "disk"]
+        assert "checkpoint" in refused(capsys, sample_script.main, *argv)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_offloaded_on_a_gpu(prefetch):
+    """A copy that is used before it has ended, or lands in memory that is still in use."""
+    model, losses = tiny_gpt(torch.float32), {}
+    ids = torch.randint(VOCAB, (50, 4, 32))
+    for where in ("resident", "host"):
+        place(model, "cuda", where, prefetch)
+        with torch.no_grad():
+            losses[where] = torch.stack([model(x.cuda(), x.cuda())[1] for x in ids])
+    torch.testing.assert_close(losses["host"], losses["resident"], rtol=0, atol=1e-5)
+    reads = model.read(ids[0].cuda())
+    model(ids[0].cuda(), ids[0].cuda(), reads)[1].backward()
+    RowAdam([engram.table for engram in model.engrams()]).step(reads, 0.1)
+    assert all(r.leaf.is_cuda and not e.table.is_cuda for r, e in zip(reads, model.engrams()))
+
+
+@pytest.fixture
+def tiny_bench(monkeypatch):
+    shape, how = bench_offload.CPU
+    shape = {**shape, "n_layer": 2, "n_embd": 16, "shared_hidden": 16, "vocab_size": 600}
+    how = {**how, "prompts": (2, 32), "rows": (500, 2000), "full": (500, 1000, 2000)}
+    monkeypatch.setattr(bench_offload, "CPU", (shape, how))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)         # a second one may take 10 ms to wake up after a sleep
+    yield bench_offload.Bench(shape, how, "cpu")
+    torch.set_num_threads(threads)
+
+
+def test_a_simulated_link_costs_what_is_predicted(tiny_bench):
+    """A link that a prefetch does not hide, that a synchronous read hides, or that sleeps as long
+    as it likes. The compute before the memory is a sleep here, so that it is known."""
+    bench, make = tiny_bench, lambda: [tiny_bench.ids(2, 32)]
+    bench.set_table(2000)
+    bench.gbps = bench.predict(make())["bytes"] / 40e6                             # 40 ms
+    bench.set_table(2000)
+    bench.model.blocks[0].register_forward_pre_hook(lambda *args: time.sleep(0.025))
+    p = bench.predict(make())
+    assert p["transfer_ms"] == pytest.approx(40, rel=0.05)
+    assert 5 < p["exposed_ms"] == p["transfer_ms"] - p["before_ms"]
+    times = bench.rounds(bench.prompts, 7, make)
+    added = {arm: np.median(ms - times["resident"]) for arm, ms in times.items()}
+    assert added["synchronous"] == pytest.approx(p["transfer_ms"], rel=0.2)
+    assert added["prefetched"] == pytest.approx(p["exposed_ms"], abs=0.2 * p["transfer_ms"])
+
+
+def test_every_page_of_a_bench_table_is_written(tiny_bench):
+    """A gather from pages that were never written reads one page of zeros, and is fast."""
+    for rows in (2000, 600_000):
+        table = tiny_bench.engram(rows, torch.empty).table
+        assert len(table) >= rows - 16 and table.view(len(table), -1).abs().amax(1).min() > 0
+
+
+def test_bench(tiny_bench, tmp_path, capsys):
+    """The whole bench: an arm that is missing, a figure that is not in the file, a file that
+    stays behind."""
+    before = threading.active_count()
+    argv = ["--full", "--disk", "--rounds", "6", "--out", str(tmp_path), "--device", "cpu"]
+    bench_offload.main(argv)
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["crossover.png", "lost.png",
+                                                          "offload.json"]
+    result = json.loads((tmp_path / "offload.json").read_text())
+    arms = ["no Engram", "resident", "synchronous", "prefetched", "disk, prefetched"]
+    whats = [table["what"].split(",")[0] for table in result["prompts"] + result["others"]]
+    assert whats == ["prompts"] * 3 + ["decoding"] * 3 + ["a training step"]
+    for table in result["prompts"] + result["others"]:
+        assert list(table["arms"]) == arms and table["simulated_gbps"] > 0
+        for arm in arms:
+            figures = table["arms"][arm]
+            assert len(figures["ms"]) == 6 and figures["lost_percent"][0] < 100
+            assert any(line.split(",")[0].startswith(f"  {arm.split(',')[0]}") and
+                       f"{figures['tokens_per_s'][0]:,.0f}" in line for line in lines)
+    assert [p["block"] for p in result["crossover"]["points"]] == [0, 1]
+    assert sum("SIMULATED" in line for line in lines) == 8
+    gc.collect()
+    assert threading.active_count() == before
+    assert "from 0 to" in refused(capsys, bench_offload.main, "--link_gbps", -1)
+    assert "from 6 to" in refused(capsys, bench_offload.main, "--rounds", 1)
+    assert "from 16 to" in refused(capsys, bench_offload.main, "--rows", 3)
+
+
+def test_ctrl_c_in_the_bench(tmp_path):
+    """A hang on the worker, a traceback, a file left behind."""
+    out = tmp_path / "out"
+    bench = subprocess.Popen([sys.executable, "bench_offload.py", "--rows", "20000", "--disk",
+                              "--rounds", "5000", "--out", out], cwd=HERE, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while "predicted" not in bench.stdout.readline():
+        assert bench.poll() is None
+    time.sleep(1)
+    bench.send_signal(signal.SIGINT)
+    assert bench.communicate(timeout=30)[1].strip() == "stopped" and bench.returncode == 130
+    assert not list(out.iterdir())
+
+
+def test_hit_rate_of_a_cache(corpus, tmp_path, capsys):
+    """Rows judged on the text they were chosen on, or counted twice within a prompt."""
+    argv = ["--zipf", corpus[1], "--data_dir", corpus[-1], "--out", str(tmp_path)]
+    bench_offload.main(argv)
+    assert "different ones of" in capsys.readouterr().out and (tmp_path / "zipf.png").exists()
+    result = json.loads((tmp_path / "zipf.json").read_text())
+    meta, train, _ = prepare_data.load("mine", corpus[-1])
+    canonical = canonical_ids(prepare_data.token_bytes(meta["tokenizer"]))
+    engram = Engram(EngramConfig(heads=8, rows=250_000), 1, 8, int(canonical.max()) + 1,
+                    int(canonical[-1]))
+    prompts = canonical[train[:len(train) // 2048 * 2048]].reshape(-1, 1024)
+    halves = [Counter(), Counter()]
+    for i, prompt in enumerate(prompts):
+        halves[i >= len(prompts) // 2].update(
+            set(engram.hash(torch.from_numpy(prompt)[None]).flatten().tolist()))
+    reads = sum(halves[1].values())
+    assert result["reads"] == reads + sum(halves[0].values())
+    assert result["rows_used"] == len(halves[0] | halves[1])
+    for n, rate in zip(result["cache_rows"], result["hit_rate"]):
+        counts = sorted(halves[0].values(), reverse=True) + [0]
+        sure = sum(halves[1][row] for row, k in halves[0].items() if n < len(counts)
+                   and k > counts[n])                            # those surely among the n hottest
+        tied = sum(halves[1][row] for row, k in halves[0].items() if k >= counts[min(n, len(
+            counts) - 1)])
+        assert sure / reads - 1e-6 <= rate
+        assert rate <= tied / reads + 1e-6 or n >= len(counts) - 1
+    assert refused(capsys, bench_offload.main, "--zipf", "nothing", "--data_dir", tmp_path)
+
+
+# ---- the fair result'''# ---- the fair result ----------------------------------------------------------------------------
 
 def test_interval():
     """A normal quantile in place of t, or n in place of n - 1."""

@@ -8,10 +8,10 @@ Train a transformer with Engram and its MoE-only twin of equal parameters and co
 The idea: a share of the sparse parameters sits in experts or in a table. Total and active ones,
 data and steps being equal, the gap between the curves is the memory's, up to the noise of seeds.
 """
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 import argparse
-import ctypes
 import json
 import math
 import os
@@ -27,9 +27,10 @@ import torch
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-from engram import EngramConfig, RowAdam, canonical_ids, opt
+from engram import EngramConfig, RowAdam, canonical_ids, mapped, opt, place, table_parameters
 from model import GPT, GPTConfig, make_twins
-from prepare_data import Data, Offline, fail, lock, script, write_whole
+from prepare_data import (Data, Offline, fail, keep_freed_memory, lock, need_memory, script,
+                          write_whole)
 from sample import compare, evaluate, load_checkpoint, plot, report
 
 
@@ -46,6 +47,9 @@ class Config:
     device: str = opt("auto", "cpu, cuda, cuda:1, ...")
     dtype: str = opt("auto", "bfloat16: by autocast; auto: the faster one now; to compare, name it",
                      ("auto", "float32", "bfloat16"))
+    table: str = opt("resident", "where the memory's table lives: resident (on the device), host "
+                     "(in host memory), disk (in a file under out_dir)",
+                     ("resident", "host", "disk"))
     compile: bool = opt(False, "torch.compile; compiling comes first, so not for short runs")
     seed: int = opt(0, "of the initial weights and the data order")
     steps: int = opt(1200, "optimiser steps, capped at one pass over the data")
@@ -120,14 +124,6 @@ def check(cfg, shape):
                          f"block_size = {cfg.batch_size} * {shape.block_size} = {micro}")
 
 
-def keep_freed_memory():
-    """glibc hands large freed blocks back to the system, and each step maps and clears its
-    activations anew: a quarter of its time on a CPU. Have it keep them."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(-4, 0)               # M_MMAP_MAX: no mappings of their own
-        ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)     # M_TRIM_THRESHOLD: 2 GB
-
-
 def faster_dtype(device):
     """bfloat16 where a matmul in it is at least 1.2x as fast. Some CPUs only emulate it."""
     seconds = {}
@@ -144,14 +140,14 @@ def autocast(cfg):
 
 # ---- one model ----------------------------------------------------------------------------------
 
-def optimisers(model, cfg):
+def optimisers(model, cfg, new=torch.empty):
     """AdamW for the backbone, row-wise Adam for the tables. One group per reason."""
     groups = [dict(params=[], weight_decay=cfg.weight_decay),     # matrices
               dict(params=[], weight_decay=0.0)]                  # norms, biases, conv taps
     for name, p in model.named_parameters():
         groups[p.ndim < 2 or name.endswith(".conv")]["params"].append(p)
     return (torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True),
-            RowAdam([engram.table for engram in model.engrams()]))       # no decay, see there
+            RowAdam([engram.table for engram in model.engrams()], new=new))      # no decay
 
 
 def learning_rate(step, cfg):
@@ -186,17 +182,23 @@ def start(path, run, shape, cfg, data):
     path has them, which is refused unless it is of this run."""
     torch.manual_seed(cfg.seed)
     canonical = canonical_ids(data.token_bytes, not shape.engram or shape.engram.compress)
-    saved, model = load_checkpoint(path) if path.exists() else (None, GPT(shape, canonical))
+    if shape.engram and cfg.table != "disk":
+        need_memory(12 * table_parameters(shape.engram), "the memory's table with its moments")
+    new = partial(mapped, path.parent) if cfg.table == "disk" else torch.empty
+    saved, model = load_checkpoint(path, new) if path.exists() else \
+        (None, GPT(shape, canonical, new))
     if saved and (differ := [f"{k} {v!r} there, {run.get(k)!r} here"
                              for k, v in saved["run"].items() if v != run.get(k)]):
         fail(f"{path} is of another run: {'; '.join(differ)}")
-    model.to(cfg.device)
-    backbone, tables = optimisers(model, cfg)
+    place(model, cfg.device, cfg.table)
+    backbone, tables = optimisers(model, cfg, new)
     header = describe(path.parent.name, model, cfg, data)
     if not saved:
         return model, backbone, tables, 0, 0.0, [], header
     backbone.load_state_dict(saved["backbone"])
-    tables.state = [{k: v.to(cfg.device) for k, v in state.items()} for state in saved["tables"]]
+    for state, old in zip(tables.state, saved["tables"], strict=True):
+        for name in state:
+            state[name].copy_(old[name])
     saved["header"].setdefault("resumed", []).append(
         {k: header[k] for k in ("command", "commit", "torch", "device", "threads")})
     return model, backbone, tables, *(saved[k] for k in ("step", "seconds", "records", "header"))
@@ -211,8 +213,8 @@ def train(name, shape, cfg, data):
     """Train one model -> the model. Under out_dir/name: log.jsonl (a header, then a record per
     evaluation) and ckpt.pt, both whole at any moment."""
     out, device = Path(cfg.out_dir) / name, torch.device(cfg.device)
-    path, free = out / "ckpt.pt", "resume model preset out_dir data_dir dataset device".split()
-    run = {**{k: v for k, v in asdict(cfg).items() if k not in free}, **asdict(shape),
+    path, free = out / "ckpt.pt", "resume model preset out_dir data_dir dataset device table"
+    run = {**{k: v for k, v in asdict(cfg).items() if k not in free.split()}, **asdict(shape),
            "tokenizer": data.meta["tokenizer"]["sha256"],
            **{split: data.meta[split]["sha256"] for split in ("train", "val")}}
     model, backbone, tables, step, seconds, records, header = start(path, run, shape, cfg, data)
