@@ -33,7 +33,7 @@ from train import device_name
 # Dense backbones (shared_hidden: their feed-forward layer) with one memory, in the second block.
 # rows: of its table, then those of --full; prompts: sequences x tokens.
 CPU = dict(n_layer=6, n_head=4, n_embd=256, shared_hidden=1024, vocab_size=4096), dict(
-    width=32, dtype=torch.float32, prompts=(4, 256), rows=(100_000, 4_000_000),
+    width=32, dtype=torch.float32, prompts=(2, 256), rows=(100_000, 4_000_000),
     full=(10_000, 100_000, 1_000_000, 4_000_000, 16_000_000))
 GPU = dict(n_layer=12, n_head=16, n_embd=2048, shared_hidden=5632, vocab_size=32768), dict(
     width=80, dtype=torch.bfloat16, prompts=(16, 512), rows=(1_000_000, 20_000_000),
@@ -80,7 +80,7 @@ class Bench:
             module = Engram(self.memory(rows), 1, self.cfg.n_embd, self.cfg.vocab_size,
                             self.cfg.vocab_size - 1, partial(torch.empty, device="meta"))
         module.to(self.dtype).table = table = new(*module.table.shape, dtype=self.dtype)
-        some = torch.randn(min(len(table), 1 << 18), self.width) * 0.02
+        some = (torch.randn(min(len(table), 1 << 18), self.width) * 0.02).to(self.dtype)
         for part in table.split(len(some)):
             part.copy_(some[:len(part)])
         return module
@@ -88,13 +88,13 @@ class Bench:
     def set_table(self, rows, on_device=None, folder=None):
         """The arms for a table of so many rows; on_device: fewer, where the resident arm cannot
         hold them all; folder: where the disk arm's file goes."""
-        self.arms = {}                                    # the last tables go before these come
+        self.arms = {"no Engram": (None, None)}
+        self.use("no Engram")                             # the last tables go before these come
         host = resident = self.engram(rows, partial(torch.empty, device="cpu"))
         if self.device != "cpu":
             resident = self.engram(on_device or rows, partial(torch.empty, device=self.device))
-        self.arms = {"no Engram": (None, None), "resident": (resident, None),
-                     "synchronous": (host, Link(False, self.gbps)),
-                     "prefetched": (host, Link(True, self.gbps))}
+        self.arms |= {"resident": (resident, None), "synchronous": (host, Link(False, self.gbps)),
+                      "prefetched": (host, Link(True, self.gbps))}
         if folder:
             disk = self.engram(rows, partial(mapped, folder))
             self.arms["disk, prefetched"] = disk, Link(True, self.gbps)
@@ -203,38 +203,38 @@ class Bench:
     def compare(self, what, sample, n, make, tokens, forward=None, passes=1):
         """Print and return one table. make() -> batches of a sample, which counts for so many
         tokens; forward() -> the batches it passes to the model; passes: 3 with a backward."""
-        p, table = self.predict((forward or make)()), self.arms["prefetched"][0].table
-        size, R = p["bytes"], len(table)
-        print(f"\n{what}; table of {R:,} rows = {table.numel():,} parameters, "
-              f"{table.nbytes / 1e6:,.0f} MB\n  predicted: {size / 1e6:.3f} MB, {size / tokens:,.0f}"
-              f" B per token, {self.link()}: {p['transfer_ms']:.2f} ms; compute before the memory "
-              f"{p['before_ms']:.2f} ms")
-        expected = {"resident": p["memory_ms"] * passes, "synchronous": p["transfer_ms"]}
-        times, record = self.rounds(sample, n, make), {}
-        print(f"  {'':18s}{'tokens/s':>9s}{'p10':>8s}{'p90':>8s}{'lost, % (95 %)':>22s}"
-              f"{'added ms':>10s}{'predicted':>10s}")
+        p, table, arms = self.predict((forward or make)()), self.arms["prefetched"][0].table, {}
+        print(f"\n{what}; table of {len(table):,} rows = {table.numel():,} parameters, "
+              f"{table.nbytes / 1e6:,.0f} MB\n  predicted: {p['bytes'] / tokens:,.0f} B per token, "
+              f"{p['bytes'] / 1e6:.2f} MB, {link(self.gbps)}: {p['transfer_ms']:.2f} ms; compute "
+              f"before the memory {p['before_ms']:.2f} ms\n  {'':18s}{'tokens/s':>9s}{'p10':>8s}"
+              f"{'p90':>8s}{'lost, % (95 %)':>22s}{'added ms':>10s}{'predicted':>10s}")
+        times = self.rounds(sample, n, make)
+        none, resident = times["no Engram"], times["resident"]
+        expected = {"no Engram": 0, "resident": p["memory_ms"] * passes,
+                    "synchronous": p["transfer_ms"]}
         for arm, ms in times.items():
-            over = times["no Engram" if arm in ("no Engram", "resident") else "resident"]
-            r = record[arm] = dict(
+            over = none if arm in ("no Engram", "resident") else resident
+            r = arms[arm] = dict(
                 tokens_per_s=np.percentile(tokens / ms * 1e3, (50, 10, 90)).tolist(),
-                lost_percent=median_of(100 - 100 * times["no Engram"] / ms),
-                lost_to_resident_percent=median_of(100 - 100 * times["resident"] / ms),
-                added_ms=median_of(ms - over), predicted_ms=expected.get(arm, p["exposed_ms"]),
-                ms=ms.tolist())
-            lost, line = r["lost_percent"], "{:9,.0f}{:8,.0f}{:8,.0f}".format(*r["tokens_per_s"])
-            print(f"  {arm:18s}{line}" + (f"{lost[0]:7.1f} ({lost[1]:5.1f} to {lost[2]:5.1f})"
-                  f"{r['added_ms'][0]:10.2f}{r['predicted_ms']:10.2f}" if arm != "no Engram" else
-                  "   against this, and ms over this for resident, over resident for the rest"))
-        left, own = record["prefetched"]["lost_to_resident_percent"], record["resident"]
-        print(f"  the memory's own arithmetic: {own['lost_percent'][0]:.1f} %; transfer left exposed"
-              f" by the prefetch: {left[0]:.1f} % ({left[1]:.1f} to {left[2]:.1f})", flush=True)
-        memory = {arm: m.table.nbytes if arm == "resident" else size
-                  for arm, (m, _) in self.arms.items() if m}
+                lost_percent=median_of(100 - 100 * none / ms), added_ms=median_of(ms - over),
+                lost_to_resident_percent=median_of(100 - 100 * resident / ms),
+                predicted_ms=expected.get(arm, p["exposed_ms"]), ms=ms.tolist(),
+                table_bytes_on_device=0 if ms is none else p["bytes"] if ms is not resident else
+                self.arms["resident"][0].table.nbytes)
+            print("  {:18s}{:9,.0f}{:8,.0f}{:8,.0f}{:8.1f} ({:5.1f} to {:5.1f}){:9.2f}{:10.2f}"
+                  .format(arm, *r["tokens_per_s"], *r["lost_percent"], r["added_ms"][0],
+                          r["predicted_ms"]))
+        print("  the memory's own arithmetic: {:.1f} %; transfer left exposed by the prefetch: "
+              "{:.1f} % ({:.1f} to {:.1f})".format(
+                  arms["resident"]["lost_percent"][0],
+                  *arms["prefetched"]["lost_to_resident_percent"]), flush=True)
         return dict(what=what, parameters=table.numel(), simulated_gbps=self.gbps, n=n, predicted=p,
-                    bytes_per_token=size / tokens, bytes_on_device=memory, arms=record)
+                    bytes_per_token=p["bytes"] / tokens, arms=arms)
 
-    def link(self):
-        return f"SIMULATED link of {self.gbps:.2g} GB/s" if self.gbps else "no simulated link"
+
+def link(gbps):
+    return f"SIMULATED link of {gbps:.2g} GB/s" if gbps else "no simulated link"
 
 
 def median_of(x):
@@ -247,8 +247,8 @@ def median_of(x):
 def crossover(bench, n, make):
     """The memory in one block after the other: how much compute does it take to hide the read?"""
     points, home = [], bench.at
-    print(f"\ncrossover, {bench.link()}: exposed transfer of a prefetch (over resident), in ms\n"
-          f"  block  compute before  transfer  predicted  measured (95 %)")
+    print(f"\ncrossover, {link(bench.gbps)}: exposed transfer of a prefetch (over resident), ms\n"
+          "  block  compute before  transfer  predicted  measured (95 %)")
     for bench.at in range(bench.cfg.n_layer):
         p = bench.predict(make())
         times = bench.rounds(bench.prompts, n, make, ("resident", "prefetched"))
@@ -291,22 +291,24 @@ def measure(args, out):
                 f"training a table of {sizes[-1]:,} rows")
     bench = Bench(shape, how, device)
     make, folder, tables = lambda: [bench.ids(B, T)], out if args.disk else None, []
+    half = max(6, args.rounds // 2)
     bench.set_table(sizes[0])
     p, bench.gbps = bench.predict(make()), args.link_gbps
-    if bench.gbps is None:      # half of a prompt's compute before the memory hides its transfer
-        bench.gbps = float(f"{2 * p['bytes'] / p['before_ms'] / 1e6:.2g}") if device == "cpu" else 0
+    if bench.gbps is None:      # 2/3 of a prompt's compute before the memory hide its transfer
+        bench.gbps = 0 if device != "cpu" else float(
+            f"{1.5 * p['bytes'] / p['before_ms'] / 1e6:.2g}")
     for rows in sizes:
         bench.set_table(rows, folder=folder)
         tables.append(bench.compare(f"prompts, {B} x {T} tokens", bench.prompts, args.rounds, make,
                                     B * T))
-    others = [bench.compare(f"decoding, batch {n}", bench.decoding, args.rounds,
+    others = [bench.compare(f"decoding, batch {n}", bench.decoding, half,
                             lambda: [bench.ids(n, 2 * NEW)], n * NEW,
                             lambda: [bench.ids(n, 1)] * NEW) for n in ((1, 8, 64)[:3 ** args.full])]
     bench.prepare_training()
-    others.append(bench.compare(f"a training step, {B} x {T} tokens", bench.training, args.rounds,
-                                make, B * T, passes=3))
+    others.append(bench.compare(f"a training step, {B} x {T} tokens", bench.training, half, make,
+                                B * T, passes=3))
     if args.link_gbps is None:
-        bench.gbps /= 5         # so that it takes two to three blocks to hide the transfer
+        bench.gbps /= 4         # so that it takes two to three blocks to hide the transfer
     bench.tables = bench.adam = None
     bench.set_table(sizes[0])
     cross = crossover(bench, args.rounds, make)
@@ -344,56 +346,45 @@ def zipf(args, out):
           f"different ones of {len(hits):,}",
           *(f"  a cache of the {n:9,} hottest rows serves {rate:6.1%} of the reads"
             for n, rate in zip(sizes[::4], rates[::4])), sep="\n")
-    figure, axes = picture("rows in the cache, the hottest", "share of reads served",
-                           f"{args.zipf}: hot rows of one half, reads of the other")
-    axes.semilogx(sizes, rates)
-    axes.set_ylim(0, 1)
-    save(figure, out / "zipf.png")
+    plot(out / "zipf.png", [("hot rows of one half, reads of the other", "-", sizes, rates)],
+         xscale="log", ylim=(0, 1), xlabel="rows in the cache", ylabel="share of reads served",
+         title=f"{args.zipf}: a cache of the hottest of {used:,} rows")
     return dict(dataset=args.zipf, tokens=prompts.numel(), reads=int(counts.sum()), rows_used=used,
                 rows=len(hits), cache_rows=sizes, hit_rate=rates)
 
 
 # ---- pictures and the command -------------------------------------------------------------------
 
-def picture(x, y, title):
+def plot(path, curves, **how):
+    """curves: (label, style, x, y), where a y is a number or [median, low, high]."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(7, 4.5), layout="tight")
     axes = figure.subplots()
-    axes.set(xlabel=x, ylabel=y, title=title)
     axes.axhline(0, color="grey", linewidth=0.8)
-    return figure, axes
-
-
-def save(figure, path):
+    for label, style, x, y in curves:
+        middle, low, high = np.array([v if isinstance(v, list) else [v] * 3 for v in y]).T
+        axes.errorbar(x, middle, (middle - low, high - middle), fmt=style, capsize=3, label=label)
+    axes.set(**how)
+    axes.legend()
     figure.savefig(path, dpi=120)
     print(f"picture: {path}")
 
 
 def draw(tables, cross, out):
-    """Throughput lost against table size, and the crossover."""
-    def dots(axes, x, values, **how):
-        middle, low, high = np.array(values).T
-        axes.errorbar(x, middle, (middle - low, high - middle), fmt="o", capsize=3, **how)
-
-    note = lambda gbps: f", SIMULATED link of {gbps:.2g} GB/s" * bool(gbps)
-    figure, axes = picture("table parameters", "throughput lost against no Engram (%)",
-                           f"prompts on this machine{note(tables[0]['simulated_gbps'])}")
-    for arm in [arm for arm in tables[0]["arms"] if arm != "no Engram"]:
-        dots(axes, [t["parameters"] for t in tables],
-             [t["arms"][arm]["lost_percent"] for t in tables], label=arm, linestyle="-")
-    for (name, (none, offloaded)), marker in zip(PUBLISHED.items(), "^v"):
-        axes.plot(1e11, 100 - 100 * offloaded / none, marker, color="black",
-                  label=f"prefetched: the paper's {name}, H800")
-    axes.set_xscale("log")
-    axes.legend()
-    save(figure, out / "lost.png")
-    figure, axes = picture("compute before the memory (ms)", "exposed transfer (ms)",
-                           "prefetched prompts" + note(cross["simulated_gbps"]))
-    x = [p["before_ms"] for p in cross["points"]]
-    axes.plot(x, [p["exposed_ms"] for p in cross["points"]], label="predicted")
-    dots(axes, x, [p["measured_ms"] for p in cross["points"]], label="measured", color="black")
-    axes.legend()
-    save(figure, out / "crossover.png")
+    """Throughput lost against table size, beside the paper's two points; the crossover."""
+    curves = [(arm, "o-", [t["parameters"] for t in tables],
+               [t["arms"][arm]["lost_percent"] for t in tables])
+              for arm in tables[0]["arms"] if arm != "no Engram"]
+    curves += [(f"the paper's {name}, prefetched, H800", style, [1e11], [100 - 100 * its / none])
+               for (name, (none, its)), style in zip(PUBLISHED.items(), ("k^", "kv"))]
+    plot(out / "lost.png", curves, xscale="log", xlabel="table parameters",
+         ylabel="throughput lost against no Engram (%)",
+         title="prompts on this machine, " + link(tables[0]["simulated_gbps"]))
+    x, predicted, measured = zip(*((p["before_ms"], p["exposed_ms"], p["measured_ms"])
+                                   for p in cross["points"]))
+    plot(out / "crossover.png", [("predicted", "-", x, predicted), ("measured", "ko", x, measured)],
+         xlabel="compute before the memory (ms)", ylabel="exposed transfer (ms)",
+         title="prefetched prompts, " + link(cross["simulated_gbps"]))
 
 
 def main(argv=None):
@@ -403,23 +394,25 @@ def main(argv=None):
     add("--full", action="store_true", help="more tables and batches; on a GPU the paper's setting")
     add("--disk", action="store_true", help="one more arm: the table in a mapped file under --out")
     add("--link_gbps", type=float, help="speed of the SIMULATED link, 0: none (default: on a GPU 0,"
-        " else such that half the compute before the memory hides a prompt's transfer)")
+        " else such that 2/3 of the compute before the memory hide a prompt's transfer)")
     add("--rows", type=int, nargs="+", help="of the tables (default: by device)")
-    add("--rounds", type=int, default=24, help="turns of each arm (default: %(default)s)")
-    add("--device", default="cuda" if gpu else "cpu", choices=("cpu", "cuda"))
+    add("--rounds", type=int, default=32, help="turns of each arm; half of it in decoding and in "
+        "training (default: %(default)s)")
+    add("--device", default=("cpu", "cuda")[gpu], choices=("cpu", "cuda")[:1 + gpu],
+        help="cuda where there is a GPU (default here: %(default)s)")
     add("--out", default="out_offload", help="JSON and plots go here (default: %(default)s)")
     add("--zipf", nargs="?", const="python", metavar="NAME", help="instead: hit rate of a cache of "
         "hot rows, on a prepared data set (default: python)")
     add("--data_dir", default="data", help="where prepare_data.py writes (default: %(default)s)")
-    args, out = parser.parse_args(argv), None
-    for name, low, high in (("link_gbps", 0, 1e6), ("rounds", 6, 1e4)):
-        if not low <= (getattr(args, name) or low) <= high:
-            fail(f"{name} {getattr(args, name)}: must be from {low:g} to {high:g}")
-    if args.rows and not 16 <= min(args.rows) <= max(args.rows) <= 1e12:
-        fail(f"rows {args.rows}: must be from 16 to 1e12 each")
-    if args.device == "cuda" and not gpu:
-        fail("device cuda is not usable here; try cpu")
+    args = parser.parse_args(argv)
+    for name, low, high in (("link_gbps", 0, 1e6), ("rounds", 6, 1e4), ("rows", 16, 1e12)):
+        given = getattr(args, name)
+        for value in [] if given is None else given if isinstance(given, list) else [given]:
+            if not low <= value <= high:
+                fail(f"{name} {value}: must be from {low:g} to {high:g}")
     keep_freed_memory()
+    if args.device == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))     # a core for the worker
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     began, name = time.time(), "zipf" if args.zipf else "offload"

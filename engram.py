@@ -207,7 +207,7 @@ def lookup(read):
     """-> e [B, T, d_mem], the M rows of each token side by side. index_select, because the backward
     of leaf[inverse] on a CPU adds in another order each time and took 12x as long."""
     if read.ready:
-        wait(read.ready)
+        wait(read)
     e = read.leaf.index_select(0, read.inverse.flatten())
     return e.view(*read.inverse.shape[:2], -1)
 
@@ -337,11 +337,11 @@ class Fetch:
 
 
 @torch.compiler.disable
-def wait(ready):
+def wait(read):
     """The place of use: on a CPU the gather is over after this, on a GPU what is queued from here
     on comes after the copy."""
-    if event := ready():
-        torch.cuda.current_stream().wait_event(event)
+    if event := read.ready():
+        torch.cuda.current_stream(read.leaf.device).wait_event(event)
 
 
 def pinned(shape, dtype):
