@@ -201,36 +201,57 @@ class Bench:
         return {arm: np.array(ms[2:]) for arm, ms in times.items()}
 
     def compare(self, what, sample, n, make, tokens, forward=None, passes=1):
-        """Print and return one table. make() -> batches of a sample, which counts for so many
-        tokens; forward() -> the batches it passes to the model; passes: 3 with a backward."""
-        p, table, arms = self.predict((forward or make)()), self.arms["prefetched"][0].table, {}
-        print(f"\n{what}; table of {len(table):,} rows = {table.numel():,} parameters, "
-              f"{table.nbytes / 1e6:,.0f} MB\n  predicted: {p['bytes'] / tokens:,.0f} B per token, "
-              f"{p['bytes'] / 1e6:.2f} MB, {link(self.gbps)}: {p['transfer_ms']:.2f} ms; compute "
-              f"before the memory {p['before_ms']:.2f} ms\n  {'':18s}{'tokens/s':>9s}{'p10':>8s}"
-              f"{'p90':>8s}{'lost, % (95 %)':>22s}{'added ms':>10s}{'predicted':>10s}")
+        """Predict, print, measure, print -> one table. make() -> batches of a sample, which counts
+        for so many tokens; forward() -> those it passes to the model; passes: 3 with a backward."""
+        p, table = self.predict((forward or make)()), self.arms["prefetched"][0].table
+        expected = {"no Engram": 0.0, "resident": p["memory_ms"] * passes,
+                    "synchronous": p["transfer_ms"]}
+        t = dict(what=what, n=n, rows=len(table), parameters=table.numel(), bytes=table.nbytes,
+                 bytes_per_token=p["bytes"] / tokens, simulated_gbps=self.gbps, predicted=p,
+                 arms={})
+        print(*heading(t), sep="\n", flush=True)
         times = self.rounds(sample, n, make)
         none, resident = times["no Engram"], times["resident"]
-        expected = {"no Engram": 0, "resident": p["memory_ms"] * passes,
-                    "synchronous": p["transfer_ms"]}
         for arm, ms in times.items():
-            over = none if arm in ("no Engram", "resident") else resident
-            r = arms[arm] = dict(
+            t["arms"][arm] = dict(
                 tokens_per_s=np.percentile(tokens / ms * 1e3, (50, 10, 90)).tolist(),
-                lost_percent=median_of(100 - 100 * none / ms), added_ms=median_of(ms - over),
+                lost_percent=median_of(100 - 100 * none / ms),
                 lost_to_resident_percent=median_of(100 - 100 * resident / ms),
-                predicted_ms=expected.get(arm, p["exposed_ms"]), ms=ms.tolist(),
+                added_ms=median_of(ms - (none if arm in ("no Engram", "resident") else resident)),
+                predicted_ms=expected.get(arm, p["exposed_ms"]), ms=ms.round(3).tolist(),
                 table_bytes_on_device=0 if ms is none else p["bytes"] if ms is not resident else
                 self.arms["resident"][0].table.nbytes)
-            print("  {:18s}{:9,.0f}{:8,.0f}{:8,.0f}{:8.1f} ({:5.1f} to {:5.1f}){:9.2f}{:10.2f}"
-                  .format(arm, *r["tokens_per_s"], *r["lost_percent"], r["added_ms"][0],
-                          r["predicted_ms"]))
-        print("  the memory's own arithmetic: {:.1f} %; transfer left exposed by the prefetch: "
-              "{:.1f} % ({:.1f} to {:.1f})".format(
-                  arms["resident"]["lost_percent"][0],
-                  *arms["prefetched"]["lost_to_resident_percent"]), flush=True)
-        return dict(what=what, parameters=table.numel(), simulated_gbps=self.gbps, n=n, predicted=p,
-                    bytes_per_token=p["bytes"] / tokens, arms=arms)
+        print(*figures(t), sep="\n", flush=True)
+        return t
+
+
+# ---- the same, in words -------------------------------------------------------------------------
+
+def heading(t):
+    p = t["predicted"]
+    return ["", f"{t['what']}; table of {t['rows']:,} rows = {t['parameters']:,} parameters, "
+            f"{t['bytes'] / 1e6:,.0f} MB",
+            f"  predicted: {t['bytes_per_token']:,.0f} B per token, {p['bytes'] / 1e6:.2f} MB, "
+            f"{link(t['simulated_gbps'])}: {p['transfer_ms']:.2f} ms; compute before the memory "
+            f"{p['before_ms']:.2f} ms"]
+
+
+def figures(t):
+    """lost: against no Engram. added: resident over no Engram, the others over resident."""
+    row = "  {:18s}{:9,.0f}{:8,.0f}{:8,.0f}{:8.1f} ({:5.1f} to {:5.1f}){:9.2f}{:10.2f}".format
+    own, left = (t["arms"][arm] for arm in ("resident", "prefetched"))
+    return [f"  {'':18s}{'tokens/s':>9s}{'p10':>8s}{'p90':>8s}{'lost, % (95 %)':>24s}"
+            f"{'added ms':>9s}{'predicted':>10s}",
+            *(row(arm, *a["tokens_per_s"], *a["lost_percent"], a["added_ms"][0], a["predicted_ms"])
+              for arm, a in t["arms"].items()),
+            f"  the memory's own arithmetic costs {own['lost_percent'][0]:.1f} %, the transfer "
+            "that a prefetch leaves exposed {:.1f} % ({:.1f} to {:.1f})".format(
+                *left["lost_to_resident_percent"])]
+
+
+def crossing(p):
+    return (f"{p['block']:7d}{p['before_ms']:16.2f}{p['transfer_ms']:10.2f}{p['exposed_ms']:11.2f}"
+            "{:9.2f} ({:.2f} to {:.2f})".format(*p["measured_ms"]))
 
 
 def link(gbps):
@@ -244,19 +265,19 @@ def median_of(x):
     return [float(np.median(x)), float(x[max(0, low)]), float(x[min(len(x) - 1, high)])]
 
 
+# ---- what is compared ---------------------------------------------------------------------------
+
 def crossover(bench, n, make):
     """The memory in one block after the other: how much compute does it take to hide the read?"""
-    points, home = [], bench.at
+    points = []
     print(f"\ncrossover, {link(bench.gbps)}: exposed transfer of a prefetch (over resident), ms\n"
           "  block  compute before  transfer  predicted  measured (95 %)")
     for bench.at in range(bench.cfg.n_layer):
         p = bench.predict(make())
         times = bench.rounds(bench.prompts, n, make, ("resident", "prefetched"))
-        p["measured_ms"] = median_of(times["prefetched"] - times["resident"])
-        points.append(dict(block=bench.at, **p))
-        print(f"{bench.at:7d}{p['before_ms']:16.2f}{p['transfer_ms']:10.2f}{p['exposed_ms']:11.2f}"
-              "{:9.2f} ({:.2f} to {:.2f})".format(*p["measured_ms"]), flush=True)
-    bench.at = home
+        exposed = median_of(times["prefetched"] - times["resident"])
+        points.append(dict(block=bench.at, **p, measured_ms=exposed))
+        print(crossing(points[-1]), flush=True)
     return dict(simulated_gbps=bench.gbps, n=n, points=points)
 
 
@@ -292,11 +313,11 @@ def measure(args, out):
     bench = Bench(shape, how, device)
     make, folder, tables = lambda: [bench.ids(B, T)], out if args.disk else None, []
     half = max(6, args.rounds // 2)
-    bench.set_table(sizes[0])
-    p, bench.gbps = bench.predict(make()), args.link_gbps
-    if bench.gbps is None:      # 2/3 of a prompt's compute before the memory hide its transfer
-        bench.gbps = 0 if device != "cpu" else float(
-            f"{1.5 * p['bytes'] / p['before_ms'] / 1e6:.2g}")
+    bench.gbps = args.link_gbps or 0
+    if args.link_gbps is None and device == "cpu":
+        bench.set_table(sizes[-1])   # 2/3 of a prompt's compute before the memory hide its transfer
+        p = bench.predict(make())
+        bench.gbps = float(f"{1.5 * p['bytes'] / p['before_ms'] / 1e6:.2g}")
     for rows in sizes:
         bench.set_table(rows, folder=folder)
         tables.append(bench.compare(f"prompts, {B} x {T} tokens", bench.prompts, args.rounds, make,
