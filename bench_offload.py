@@ -326,13 +326,13 @@ def measure(args, out):
                             lambda: [bench.ids(n, 2 * NEW)], n * NEW,
                             lambda: [bench.ids(n, 1)] * NEW) for n in ((1, 8, 64)[:3 ** args.full])]
     bench.prepare_training()
-    others.append(bench.compare(f"a training step, {B} x {T} tokens", bench.training, half, make,
-                                B * T, passes=3))
+    others.append(bench.compare(f"a training step, {B} x {T} tokens", bench.training, args.rounds,
+                                make, B * T, passes=3))
     if args.link_gbps is None:
         bench.gbps /= 4         # so that it takes two to three blocks to hide the transfer
     bench.tables = bench.adam = None
     bench.set_table(sizes[0])
-    cross = crossover(bench, args.rounds, make)
+    cross = crossover(bench, half, make)
     draw(tables, cross, out)
     if args.full and device != "cpu":
         del bench
@@ -362,16 +362,21 @@ def zipf(args, out):
             half += torch.bincount(rows[new], minlength=len(half))
     hits = counts[1][counts[0].argsort(descending=True)].cumsum(0) / counts[1].sum()
     sizes = [int(10 ** (k / 4)) for k in range(8, 40) if 10 ** (k / 4) < len(hits)]
-    rates, used = [float(hits[n - 1]) for n in sizes], int((counts.sum(0) > 0).sum())
-    print(f"{args.zipf}: {prompts.numel():,} tokens, {int(counts.sum()):,} rows read, {used:,} "
-          f"different ones of {len(hits):,}",
-          *(f"  a cache of the {n:9,} hottest rows serves {rate:6.1%} of the reads"
-            for n, rate in zip(sizes[::4], rates[::4])), sep="\n")
-    plot(out / "zipf.png", [("hot rows of one half, reads of the other", "-", sizes, rates)],
-         xscale="log", ylim=(0, 1), xlabel="rows in the cache", ylabel="share of reads served",
-         title=f"{args.zipf}: a cache of the hottest of {used:,} rows")
-    return dict(dataset=args.zipf, tokens=prompts.numel(), reads=int(counts.sum()), rows_used=used,
-                rows=len(hits), cache_rows=sizes, hit_rate=rates)
+    result = dict(dataset=args.zipf, tokens=prompts.numel(), reads=int(counts.sum()),
+                  rows=len(hits), rows_read=int((counts.sum(0) > 0).sum()), cache_rows=sizes,
+                  hit_rate=[float(hits[n - 1]) for n in sizes])
+    print(*served(result), sep="\n")
+    plot(out / "zipf.png", [("hot rows of one half, reads of the other", "-", sizes,
+                             result["hit_rate"])], xscale="log", ylim=(0, 1), xlabel="rows cached",
+         ylabel="share of reads served", title=served(result)[0])
+    return result
+
+
+def served(r):
+    return [f"{r['dataset']}: {r['tokens']:,} tokens read {r['reads']:,} rows, {r['rows_read']:,} "
+            f"different ones of {r['rows']:,}"] + [
+        f"  a cache of the {n:9,} hottest rows serves {rate:6.1%} of the reads"
+        for n, rate in list(zip(r["cache_rows"], r["hit_rate"]))[::4]]
 
 
 # ---- pictures and the command -------------------------------------------------------------------
@@ -417,8 +422,8 @@ def main(argv=None):
     add("--link_gbps", type=float, help="speed of the SIMULATED link, 0: none (default: on a GPU 0,"
         " else such that 2/3 of the compute before the memory hide a prompt's transfer)")
     add("--rows", type=int, nargs="+", help="of the tables (default: by device)")
-    add("--rounds", type=int, default=32, help="turns of each arm; half of it in decoding and in "
-        "training (default: %(default)s)")
+    add("--rounds", type=int, default=32, help="turns of each arm; half of it in decoding and at "
+        "the crossover (default: %(default)s)")
     add("--device", default=("cpu", "cuda")[gpu], choices=("cpu", "cuda")[:1 + gpu],
         help="cuda where there is a GPU (default here: %(default)s)")
     add("--out", default="out_offload", help="JSON and plots go here (default: %(default)s)")

@@ -1579,7 +1579,7 @@ def test_hit_rate_of_a_cache(corpus, tmp_path, capsys):
             set(engram.hash(torch.from_numpy(prompt)[None]).flatten().tolist()))
     reads = sum(halves[1].values())
     assert result["reads"] == reads + sum(halves[0].values())
-    assert result["rows_used"] == len(halves[0] | halves[1])
+    assert result["rows_read"] == len(halves[0] | halves[1])
     for n, rate in zip(result["cache_rows"], result["hit_rate"]):
         counts = sorted(halves[0].values(), reverse=True) + [0]
         sure = sum(halves[1][row] for row, k in halves[0].items() if n < len(counts)
@@ -1666,6 +1666,17 @@ def test_the_readme_is_the_result(tmp_path):
     lines += sample_script.compare(HERE / "results" / "seed0")
     missing = [line for line in lines if line not in readme]
     assert not missing and (tmp_path / "twins.png").stat().st_size > 10_000
+
+
+def test_the_readme_is_the_bench():
+    """A table in the offload section that no run printed."""
+    readme, folder = (HERE / "README.md").read_text(), HERE / "results" / "offload"
+    bench = json.loads((folder / "offload.json").read_text())
+    lines = [line for t in (bench["prompts"][-1], bench["others"][0], bench["others"][-1])
+             for line in bench_offload.heading(t) + bench_offload.figures(t)]
+    lines += [bench_offload.crossing(p) for p in bench["crossover"]["points"]]
+    lines += bench_offload.served(json.loads((folder / "zipf.json").read_text()))
+    assert len(lines) == 36 and not [line for line in lines if line not in readme]
 
 
 def test_exit_code_of_the_command(tmp_path):
