@@ -384,14 +384,14 @@ def served(r):
 def plot(path, curves, **how):
     """curves: (label, style, x, y), where a y is a number or [median, low, high]."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(7, 4.5), layout="tight")
+    figure = Figure(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     axes.axhline(0, color="grey", linewidth=0.8)
     for label, style, x, y in curves:
         middle, low, high = np.array([v if isinstance(v, list) else [v] * 3 for v in y]).T
         axes.errorbar(x, middle, (middle - low, high - middle), fmt=style, capsize=3, label=label)
     axes.set(**how)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=120)
     print(f"picture: {path}")
 

@@ -1313,11 +1313,28 @@ def same_run(a, b):
         map(torch.equal, moments(x), moments(y)))
 
 
+def mapping(tensor):
+    """The line of the process's memory map that the tensor's data lies in."""
+    for line in open("/proc/self/maps"):
+        low, high = (int(end, 16) for end in line.split()[0].split("-"))
+        if low <= tensor.data_ptr() < high:
+            return line
+
+
 def test_offloaded_training_is_resident_training_bit_for_bit(corpus, tmp_path, monkeypatch):
-    """A gradient that goes to other rows, moments that miss a step, a read before the update."""
-    argv = [*corpus, *TINY, *LAYERS]
+    """A gradient that goes to other rows, moments that miss a step, a read before the update; a
+    table "on disk" that is in memory."""
+    argv, places = [*corpus, *TINY, *LAYERS], set()
+
+    def look(model, tables, *args):
+        places.update((where, "rw-s" in line and str(tmp_path / where) in line) for line in map(
+            mapping, [*tables.tables, *(v for s in tables.state for v in s.values())]))
+        return sample_script.evaluate(model, tables, *args)
+
+    monkeypatch.setattr(train_script, "evaluate", look)
     for where in ("resident", "host", "disk"):
         run(*argv, "--table", where, "--out_dir", tmp_path / where)
+    assert places == {("resident", False), ("host", False), ("disk", True)}
     monkeypatch.setattr(train_script, "place", partial(place, prefetch=False))
     run(*argv, "--table", "host", "--out_dir", tmp_path / "synchronous")
     for where in ("host", "disk", "synchronous"):
@@ -1451,9 +1468,7 @@ def test_the_checkpoint_is_the_file_of_the_table(trained, tmp_path, capsys, monk
     path = trained / "engram" / "ckpt.pt"
     before = path.read_bytes()
     _, model = load_checkpoint(path, None)
-    inside = [line for line in open("/proc/self/maps") if str(path) in line]
-    low, high = (int(end, 16) for end in inside[0].split()[0].split("-"))
-    assert all(low <= engram.table.data_ptr() < high for engram in model.engrams())
+    assert all(str(path) in mapping(engram.table) for engram in model.engrams())
     del model
     texts = {look(capsys, trained, "--seed", 3, "--table", where).out
              for where in ("resident", "host", "disk")}
