@@ -1,5 +1,5 @@
 """
-What does it cost to keep Engram's table in host memory? Predict it, measure it, explain it.
+What does it cost to keep Engram's table in host memory? Predict it, then measure it.
 
     python bench_offload.py                      # two to three minutes on two CPU cores
     python bench_offload.py --link_gbps 0        # without the simulated link
@@ -13,7 +13,7 @@ The arms take turns in one process on the same random tokens (nearly every row r
 the worst case): no Engram; table resident on the device; in host memory and read synchronously, at
 the place of use; the same, prefetched. Ratios and differences are paired, within a round. Without
 a GPU host and device memory are the same RAM, so a link is SIMULATED: a gather takes at least
-bytes / --link_gbps.
+bytes / --link_gbps. Where none is, predictions rest on the transfer timed alone.
 """
 from functools import partial
 from pathlib import Path
@@ -26,8 +26,8 @@ import torch
 
 from engram import Engram, EngramConfig, Fetch, RowAdam, canonical_ids, mapped
 from model import GPT, Cache, GPTConfig
-from prepare_data import (fail, free_memory, keep_freed_memory, load, need_memory, script,
-                          token_bytes)
+from prepare_data import (commit, fail, free_memory, keep_freed_memory, load, lock, need_memory,
+                          script, token_bytes, write_whole)
 from train import device_name
 
 # Dense backbones (shared_hidden: their feed-forward layer) with one memory, in the second block.
@@ -63,9 +63,9 @@ class Link(Fetch):
 class Bench:
     """A backbone of random weights, and the arms that take turns on it."""
 
-    def __init__(self, shape, how, device):
-        self.device, self.dtype, self.width = device, how["dtype"], how["width"]
-        self.cfg = GPTConfig(**shape, n_expert=0, block_size=1152, engram=self.memory(16))
+    def __init__(self, shape, setup, device):
+        self.device, self.dtype, self.width = device, setup["dtype"], setup["width"]
+        self.cfg = GPTConfig(**shape, n_expert=0, block_size=1024, engram=self.memory(16))
         with torch.device(device):
             self.model = GPT(self.cfg, np.arange(self.cfg.vocab_size)).to(self.dtype).eval()
         self.at, self.gbps = 1, 0
@@ -79,15 +79,12 @@ class Bench:
         with torch.device(self.device):
             module = Engram(self.memory(rows), 1, self.cfg.n_embd, self.cfg.vocab_size,
                             self.cfg.vocab_size - 1, partial(torch.empty, device="meta"))
-        module.to(self.dtype).table = table = new(*module.table.shape, dtype=self.dtype)
-        some = (torch.randn(min(len(table), 1 << 18), self.width) * 0.02).to(self.dtype)
-        for part in table.split(len(some)):
-            part.copy_(some[:len(part)])
+        module.to(self.dtype).table = new(*module.table.shape, dtype=self.dtype).fill_(0.02)
         return module
 
     def set_table(self, rows, on_device=None, folder=None):
         """The arms for a table of so many rows; on_device: fewer, where the resident arm cannot
-        hold them all; folder: where the disk arm's file goes."""
+        hold them all; folder: where the disk arm's files go."""
         self.arms = {"no Engram": (None, None)}
         self.use("no Engram")                             # the last tables go before these come
         host = resident = self.engram(rows, partial(torch.empty, device="cpu"))
@@ -95,9 +92,11 @@ class Bench:
             resident = self.engram(on_device or rows, partial(torch.empty, device=self.device))
         self.arms |= {"resident": (resident, None), "synchronous": (host, Link(False, self.gbps)),
                       "prefetched": (host, Link(True, self.gbps))}
+        self.new = {host: torch.empty, resident: torch.empty}
         if folder:
             disk = self.engram(rows, partial(mapped, folder))
             self.arms["disk, prefetched"] = disk, Link(True, self.gbps)
+            self.new[disk] = partial(mapped, folder)
 
     def use(self, arm):
         module, fetch = self.arms[arm]
@@ -109,15 +108,12 @@ class Bench:
     def ids(self, B, T):
         return torch.randint(self.cfg.vocab_size, (B, T), device=self.device)
 
-    def read(self, idx, cache=None):
-        return self.model.read(idx, cache) if self.model.engrams() else []
-
-    def timed(self, run):
-        """-> milliseconds of run()."""
+    def timed(self, run, *batches):
+        """-> milliseconds of run(*batches)."""
         sync = torch.cuda.synchronize if self.device != "cpu" else lambda: None
         sync()
         began = time.perf_counter()
-        run()
+        run(*batches)
         sync()
         return (time.perf_counter() - began) * 1e3
 
@@ -125,34 +121,36 @@ class Bench:
 
     @torch.inference_mode()
     def prompts(self, *batches):
-        return self.timed(lambda: [self.model(idx, reads=self.read(idx)) for idx in batches])
+        def run():
+            for idx in batches:
+                self.model(idx)
+        return self.timed(run)
 
     @torch.inference_mode()
-    def decoding(self, idx):
-        """The last NEW tokens, one by one. An id goes to the host at each step, as it must where
-        the next token depends on it; here that is given (greedy random weights repeat)."""
-        cache, start = Cache(self.cfg), idx[:, :-NEW]
-        self.model(start, reads=self.read(start, cache), cache=cache)
+    def decoding(self, *tokens):
+        """tokens [B, 1] one by one, after as many others. An id goes to the host at each step, as
+        it must where the next token depends on it; here that is given (random weights repeat)."""
+        cache = Cache(self.cfg)
+        self.model(self.ids(len(tokens[0]), len(tokens)), cache=cache)
 
-        def steps():
-            for token in idx[:, -NEW:].split(1, dim=1):
-                reads = self.read(token, cache)
-                self.model(token, reads=reads, cache=cache)[0].argmax(-1).tolist()
-        return self.timed(steps)
+        def run():
+            for token in tokens:
+                self.model(token, cache=cache)[0].argmax(-1).tolist()
+        return self.timed(run)
 
     def training(self, idx):
         """Forward, backward, AdamW for the backbone, RowAdam for the rows, where they are."""
-        def step():
-            reads = self.read(idx)
+        def run():
+            reads = self.model.read(idx)
             self.model(idx, idx.roll(-1, 1), reads)[1].backward()
             self.adam.step()
             if reads:
                 self.tables[self.model.blocks[self.at].engram].step(reads, 1e-5)
             self.adam.zero_grad()
-        return self.timed(step)
+        return self.timed(run)
 
     def prepare_training(self):
-        self.tables = {m: RowAdam([m.table]) for m, _ in self.arms.values() if m}
+        self.tables = {module: RowAdam([module.table], new=new) for module, new in self.new.items()}
         self.use("no Engram")
         parameters = [p for part in (self.model, *self.tables) for p in part.parameters()]
         self.adam = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
@@ -160,12 +158,12 @@ class Bench:
     # ---- predict and measure
 
     @torch.inference_mode()
-    def predict(self, batches):
-        """-> bytes moved, and in ms, from medians: compute before the memory, transfer, what the
-        memory's matrices should add, and what a prefetch should leave exposed."""
-        host, bare, on_gpu = self.arms["prefetched"][0], Fetch(False), self.device != "cpu"
+    def predict(self, batches, n):
+        """-> bytes moved by all reads and by the largest; and from medians of n (at most 16), in
+        ms: compute before the memory, transfer, what the memory's matrices should add, and what a
+        prefetch should leave exposed."""
+        host, bare = self.arms["prefetched"][0], Fetch(self.device != "cpu")
         rows = [host.hash(self.model.canonical[idx]).unique() for idx in batches]
-        leaves = [torch.empty(len(r), self.width, dtype=self.dtype, device=r.device) for r in rows]
         self.use("no Engram")
 
         def compute(blocks):
@@ -175,20 +173,21 @@ class Bench:
                 for block in blocks:
                     x = block(x, rope)[0]
 
-        def gather():
-            for r, leaf in zip(rows, leaves):
-                now = torch.cuda.current_stream().record_event() if on_gpu else None
-                bare.gather(host.table, r.to(host.table.device), leaf, now)
+        def transfer():
+            for r in rows:
+                if event := bare(host.table, r)[2]():
+                    event.synchronize()
 
-        parts = (lambda: compute(self.model.blocks), gather,
-                 lambda: compute(self.model.blocks[:self.at]))
-        every, bare_ms, before = np.median([[self.timed(f) for f in parts] for _ in range(9)], 0)
-        size = sum(leaf.nbytes for leaf in leaves)
-        transfer = max(size / self.gbps / 1e6 if self.gbps else 0, bare_ms)
+        ms = [[self.timed(transfer), self.timed(compute, self.model.blocks[:self.at]),
+               self.timed(compute, self.model.blocks)] for _ in range(min(n, 16))]
+        alone, before, every = np.median(ms, axis=0).tolist()
+        sizes = [len(r) * self.width * self.dtype.itemsize for r in rows]
+        whole = max(sum(sizes) / self.gbps / 1e6 if self.gbps else 0, alone)
         share = sum(p.numel() for p in host.parameters()) / sum(
             p.numel() for p in self.model.blocks.parameters())
-        return {"bytes": size, "before_ms": float(before), "transfer_ms": float(transfer),
-                "memory_ms": float(every * share), "exposed_ms": max(0.0, float(transfer - before))}
+        return {"bytes": sum(sizes), "largest": max(sizes), "before_ms": before,
+                "transfer_ms": whole, "memory_ms": every * share,
+                "exposed_ms": max(0.0, whole - before)}
 
     def rounds(self, sample, n, make, arms=None):
         """-> {arm: ms [n]}: the arms in turn, each round with tokens of its own from make()."""
@@ -200,58 +199,44 @@ class Bench:
                 times[arm].append(sample(*batches))
         return {arm: np.array(ms[2:]) for arm, ms in times.items()}
 
-    def compare(self, what, sample, n, make, tokens, forward=None, passes=1):
-        """Predict, print, measure, print -> one table. make() -> batches of a sample, which counts
-        for so many tokens; forward() -> those it passes to the model; passes: 3 with a backward."""
-        p, table = self.predict((forward or make)()), self.arms["prefetched"][0].table
+    def compare(self, what, sample, n, make, tokens, passes=1):
+        """Predict, print, measure, print -> one table, with what was printed. make() -> batches of
+        a sample, which counts for so many tokens; passes: 3 with a backward."""
+        p, lines, arms = self.predict(make(), n), [], {}
+        host, resident = (self.arms[arm][0].table for arm in ("prefetched", "resident"))
         expected = {"no Engram": 0.0, "resident": p["memory_ms"] * passes,
                     "synchronous": p["transfer_ms"]}
-        t = dict(what=what, n=n, rows=len(table), parameters=table.numel(), bytes=table.nbytes,
-                 bytes_per_token=p["bytes"] / tokens, simulated_gbps=self.gbps, predicted=p,
-                 arms={})
-        print(*heading(t), sep="\n", flush=True)
+
+        def say(line):
+            lines.append(line)
+            print(line, flush=True)
+
+        print()
+        say(f"{what}, n={n}; table of {len(host):,} rows = {host.numel():,} parameters, "
+            f"{host.nbytes / 1e6:,.0f} MB")
+        say(f"  predicted: {p['bytes'] / tokens:,.0f} B per token, {p['bytes'] / 1e6:.2f} MB, "
+            f"{link(self.gbps)}: {p['transfer_ms']:.2f} ms; compute before the memory "
+            f"{p['before_ms']:.2f} ms")
+        say(f"  {'':18s}{'tokens/s':>9s}{'p10':>8s}{'p90':>8s}{'lost, % (95 %)':>22s}"
+            f"{'added ms':>9s}{'predicted':>10s}{'on device':>13s}")
         times = self.rounds(sample, n, make)
-        none, resident = times["no Engram"], times["resident"]
         for arm, ms in times.items():
-            t["arms"][arm] = dict(
+            over = times["no Engram" if arm in ("no Engram", "resident") else "resident"]
+            held = {"no Engram": 0, "resident": resident.nbytes}.get(arm, p["largest"])
+            a = arms[arm] = dict(
                 tokens_per_s=np.percentile(tokens / ms * 1e3, (50, 10, 90)).tolist(),
-                lost_percent=median_of(100 - 100 * none / ms),
-                lost_to_resident_percent=median_of(100 - 100 * resident / ms),
-                added_ms=median_of(ms - (none if arm in ("no Engram", "resident") else resident)),
-                predicted_ms=expected.get(arm, p["exposed_ms"]), ms=ms.round(3).tolist(),
-                table_bytes_on_device=0 if ms is none else p["bytes"] if ms is not resident else
-                self.arms["resident"][0].table.nbytes)
-        print(*figures(t), sep="\n", flush=True)
-        return t
-
-
-# ---- the same, in words -------------------------------------------------------------------------
-
-def heading(t):
-    p = t["predicted"]
-    return ["", f"{t['what']}; table of {t['rows']:,} rows = {t['parameters']:,} parameters, "
-            f"{t['bytes'] / 1e6:,.0f} MB",
-            f"  predicted: {t['bytes_per_token']:,.0f} B per token, {p['bytes'] / 1e6:.2f} MB, "
-            f"{link(t['simulated_gbps'])}: {p['transfer_ms']:.2f} ms; compute before the memory "
-            f"{p['before_ms']:.2f} ms"]
-
-
-def figures(t):
-    """lost: against no Engram. added: resident over no Engram, the others over resident."""
-    row = "  {:18s}{:9,.0f}{:8,.0f}{:8,.0f}{:8.1f} ({:5.1f} to {:5.1f}){:9.2f}{:10.2f}".format
-    own, left = (t["arms"][arm] for arm in ("resident", "prefetched"))
-    return [f"  {'':18s}{'tokens/s':>9s}{'p10':>8s}{'p90':>8s}{'lost, % (95 %)':>24s}"
-            f"{'added ms':>9s}{'predicted':>10s}",
-            *(row(arm, *a["tokens_per_s"], *a["lost_percent"], a["added_ms"][0], a["predicted_ms"])
-              for arm, a in t["arms"].items()),
-            f"  the memory's own arithmetic costs {own['lost_percent'][0]:.1f} %, the transfer "
-            "that a prefetch leaves exposed {:.1f} % ({:.1f} to {:.1f})".format(
-                *left["lost_to_resident_percent"])]
-
-
-def crossing(p):
-    return (f"{p['block']:7d}{p['before_ms']:16.2f}{p['transfer_ms']:10.2f}{p['exposed_ms']:11.2f}"
-            "{:9.2f} ({:.2f} to {:.2f})".format(*p["measured_ms"]))
+                lost_percent=median_of(100 - 100 * times["no Engram"] / ms),
+                lost_to_resident_percent=median_of(100 - 100 * times["resident"] / ms),
+                added_ms=median_of(ms - over), predicted_ms=expected.get(arm, p["exposed_ms"]),
+                bytes_on_device=held, ms=ms.round(3).tolist())
+            say("  {:18s}{:9,.0f}{:8,.0f}{:8,.0f}{:6.1f} ({:5.1f} to {:5.1f}){:9.2f}{:10.2f}"
+                "{:10,.1f} MB".format(arm, *a["tokens_per_s"], *a["lost_percent"],
+                                      a["added_ms"][0], a["predicted_ms"], held / 1e6))
+        say("  the memory itself costs {:.1f} %, the transfer that a prefetch leaves exposed "
+            "{:.1f} % ({:.1f} to {:.1f})".format(arms["resident"]["lost_percent"][0],
+                                                 *arms["prefetched"]["lost_to_resident_percent"]))
+        return dict(what=what, n=n, parameters=host.numel(), bytes_per_token=p["bytes"] / tokens,
+                    simulated_gbps=self.gbps, predicted=p, arms=arms, lines=lines)
 
 
 def link(gbps):
@@ -260,9 +245,9 @@ def link(gbps):
 
 def median_of(x):
     """-> median and its 95 % interval by order statistics."""
-    x, reach = np.sort(x), 0.98 * len(x) ** 0.5
-    low, high = int(len(x) / 2 - reach), int(np.ceil(len(x) / 2 + reach))
-    return [float(np.median(x)), float(x[max(0, low)]), float(x[min(len(x) - 1, high)])]
+    x = np.sort(x)
+    low = max(0, int((len(x) - 1) / 2 - 0.98 * len(x) ** 0.5))
+    return [float(np.median(x)), float(x[low]), float(x[-1 - low])]
 
 
 # ---- what is compared ---------------------------------------------------------------------------
@@ -270,74 +255,73 @@ def median_of(x):
 def crossover(bench, n, make):
     """The memory in one block after the other: how much compute does it take to hide the read?"""
     points = []
-    print(f"\ncrossover, {link(bench.gbps)}: exposed transfer of a prefetch (over resident), ms\n"
-          "  block  compute before  transfer  predicted  measured (95 %)")
-    for bench.at in range(bench.cfg.n_layer):
-        p = bench.predict(make())
+    lines = [f"crossover, n={n}, {link(bench.gbps)}: exposed transfer of a prefetch, over resident",
+             "  block  compute before  transfer  predicted  measured ms (95 %)"]
+    print("", *lines, sep="\n", flush=True)
+    for at in range(bench.cfg.n_layer):
+        bench.at = at
+        p = bench.predict(make(), n)
         times = bench.rounds(bench.prompts, n, make, ("resident", "prefetched"))
-        exposed = median_of(times["prefetched"] - times["resident"])
-        points.append(dict(block=bench.at, **p, measured_ms=exposed))
-        print(crossing(points[-1]), flush=True)
-    return dict(simulated_gbps=bench.gbps, n=n, points=points)
-
-
-def paper(device, gbps):
-    """The paper's setting, as far as it is told: a dense backbone of about 4B, bf16, one memory in
-    the second block, 512 prompts of Uniform(100, 1024) tokens, as many table parameters as 70 % of
-    free memory holds. Ours: prompts sorted by length, 16 a batch, padded with end of text to the
-    batch's longest (only real tokens count); the resident arm has 20M rows on the device."""
-    bench = Bench(*PAPER, device)
-    bench.gbps = gbps
-    bench.set_table(int(0.7 * free_memory() / 2 / bench.width), on_device=20_000_000)
-    lengths = torch.from_numpy(np.random.default_rng(0).integers(100, 1025, 512)).sort().values
-
-    def make():
-        batches = [bench.ids(16, int(n[-1])) for n in lengths.split(16)]
-        for idx, n in zip(batches, lengths.to(device).split(16)):
-            idx[torch.arange(idx.size(1), device=device) >= n[:, None]] = bench.cfg.vocab_size - 1
-        return batches
-
-    size = sum(p.numel() for p in bench.model.parameters()) / 1e9
-    return [bench.compare(f"the paper's setting, {size:.2f}B dense: prefill of 512 prompts",
-                          bench.prompts, 6, make, int(lengths.sum())),
-            bench.compare("the paper's setting: decoding, batch 64", bench.decoding, 10,
-                          lambda: [bench.ids(64, 512)], 64 * NEW, lambda: [bench.ids(64, 1)] * NEW)]
+        p["measured_ms"] = median_of(times["prefetched"] - times["resident"])
+        points.append(dict(block=at, **p))
+        lines.append("{:7d}{:16.2f}{:10.2f}{:11.2f}{:10.2f} ({:.2f} to {:.2f})".format(
+            at, p["before_ms"], p["transfer_ms"], p["exposed_ms"], *p["measured_ms"]))
+        print(lines[-1], flush=True)
+    return dict(simulated_gbps=bench.gbps, n=n, points=points, lines=lines)
 
 
 def measure(args, out):
-    (shape, how), device = CPU if args.device == "cpu" else GPU, args.device
-    sizes, (B, T) = sorted(args.rows or how["full" if args.full else "rows"]), how["prompts"]
-    # host memory: at most the largest table, its moments, and those of the disk arm
-    need_memory(sizes[-1] * how["width"] * how["dtype"].itemsize * (5 if args.disk else 3),
+    (shape, setup), device = CPU if args.device == "cpu" else GPU, args.device
+    sizes, (B, T) = sorted(args.rows or setup["full" if args.full else "rows"]), setup["prompts"]
+    need_memory(3 * sizes[-1] * setup["width"] * setup["dtype"].itemsize,
                 f"training a table of {sizes[-1]:,} rows")
-    bench = Bench(shape, how, device)
+    bench, half = Bench(shape, setup, device), max(6, args.rounds // 2)
     make, folder, tables = lambda: [bench.ids(B, T)], out if args.disk else None, []
-    half = max(6, args.rounds // 2)
     bench.gbps = args.link_gbps or 0
     if args.link_gbps is None and device == "cpu":
-        bench.set_table(sizes[-1])   # 2/3 of a prompt's compute before the memory hide its transfer
-        p = bench.predict(make())
+        bench.set_table(sizes[-1])     # 2/3 of the compute before the memory hide the transfer
+        p = bench.predict(make(), half)
         bench.gbps = float(f"{1.5 * p['bytes'] / p['before_ms'] / 1e6:.2g}")
     for rows in sizes:
         bench.set_table(rows, folder=folder)
         tables.append(bench.compare(f"prompts, {B} x {T} tokens", bench.prompts, args.rounds, make,
                                     B * T))
     others = [bench.compare(f"decoding, batch {n}", bench.decoding, half,
-                            lambda: [bench.ids(n, 2 * NEW)], n * NEW,
-                            lambda: [bench.ids(n, 1)] * NEW) for n in ((1, 8, 64)[:3 ** args.full])]
+                            lambda: bench.ids(n, NEW).split(1, dim=1), n * NEW)
+              for n in ((1, 8, 64) if args.full else (1,))]
     bench.prepare_training()
     others.append(bench.compare(f"a training step, {B} x {T} tokens", bench.training, args.rounds,
                                 make, B * T, passes=3))
+    bench.tables = bench.adam = None
     if args.link_gbps is None:
         bench.gbps /= 4         # so that it takes two to three blocks to hide the transfer
-    bench.tables = bench.adam = None
     bench.set_table(sizes[0])
     cross = crossover(bench, half, make)
-    draw(tables, cross, out)
-    if args.full and device != "cpu":
-        del bench
-        others += paper(device, args.link_gbps or 0)
     return dict(backbone=shape, prompts=tables, others=others, crossover=cross)
+
+
+def paper(args):
+    """The paper's setting, as far as it is told: a dense backbone of about 4B, bf16, one memory in
+    the second block, 512 prompts of Uniform(100, 1024) tokens, as many table parameters as 70 % of
+    free memory holds. Ours: prompts sorted by length, 16 a batch, padded with end of text to the
+    batch's longest (only real tokens count); the resident arm has 20M rows on the device."""
+    bench = Bench(*PAPER, args.device)
+    bench.gbps = args.link_gbps or 0
+    bench.set_table(int(0.7 * free_memory() / 2 / bench.width), on_device=20_000_000)
+    lengths = torch.from_numpy(np.random.default_rng(0).integers(100, 1025, 512)).sort().values
+
+    def make():
+        batches = [bench.ids(16, int(n[-1])) for n in lengths.split(16)]
+        for idx, n in zip(batches, lengths.to(args.device).split(16)):
+            padding = torch.arange(idx.size(1), device=args.device) >= n[:, None]
+            idx[padding] = bench.cfg.vocab_size - 1
+        return batches
+
+    size = sum(p.numel() for p in bench.model.parameters()) / 1e9
+    return [bench.compare(f"the paper's setting, {size:.2f}B dense: prefill of 512 prompts",
+                          bench.prompts, 5, make, int(lengths.sum())),
+            bench.compare("the paper's setting: decoding, batch 64", bench.decoding, 9,
+                          lambda: bench.ids(64, NEW).split(1, dim=1), 64 * NEW)]
 
 
 # ---- would a cache help? ------------------------------------------------------------------------
@@ -365,18 +349,13 @@ def zipf(args, out):
     result = dict(dataset=args.zipf, tokens=prompts.numel(), reads=int(counts.sum()),
                   rows=len(hits), rows_read=int((counts.sum(0) > 0).sum()), cache_rows=sizes,
                   hit_rate=[float(hits[n - 1]) for n in sizes])
-    print(*served(result), sep="\n")
-    plot(out / "zipf.png", [("hot rows of one half, reads of the other", "-", sizes,
-                             result["hit_rate"])], xscale="log", ylim=(0, 1), xlabel="rows cached",
-         ylabel="share of reads served", title=served(result)[0])
-    return result
-
-
-def served(r):
-    return [f"{r['dataset']}: {r['tokens']:,} tokens read {r['reads']:,} rows, {r['rows_read']:,} "
-            f"different ones of {r['rows']:,}"] + [
+    result["lines"] = [
+        f"{args.zipf}: {prompts.numel():,} tokens read {result['reads']:,} rows, "
+        f"{result['rows_read']:,} different ones of {len(hits):,}"] + [
         f"  a cache of the {n:9,} hottest rows serves {rate:6.1%} of the reads"
-        for n, rate in list(zip(r["cache_rows"], r["hit_rate"]))[::4]]
+        for n, rate in list(zip(sizes, result["hit_rate"]))[::4]]
+    print(*result["lines"], sep="\n")
+    return result
 
 
 # ---- pictures and the command -------------------------------------------------------------------
@@ -392,12 +371,19 @@ def plot(path, curves, **how):
         axes.errorbar(x, middle, (middle - low, high - middle), fmt=style, capsize=3, label=label)
     axes.set(**how)
     figure.legend(loc="outside lower center", ncols=2)
-    figure.savefig(path, dpi=120)
+    write_whole(path, lambda file: figure.savefig(file, dpi=120, format="png"))
     print(f"picture: {path}")
 
 
-def draw(tables, cross, out):
+def draw_zipf(r, out):
+    plot(out / "zipf.png", [("hot rows of one half, reads of the other", "-", r["cache_rows"],
+                             r["hit_rate"])], xscale="log", ylim=(0, 1), xlabel="rows cached",
+         ylabel="share of reads served", title=f"{r['dataset']}, {r['rows']:,} rows")
+
+
+def draw(result, out):
     """Throughput lost against table size, beside the paper's two points; the crossover."""
+    tables, cross = result["prompts"], result["crossover"]
     curves = [(arm, "o-", [t["parameters"] for t in tables],
                [t["arms"][arm]["lost_percent"] for t in tables])
               for arm in tables[0]["arms"] if arm != "no Engram"]
@@ -431,22 +417,29 @@ def main(argv=None):
         "hot rows, on a prepared data set (default: python)")
     add("--data_dir", default="data", help="where prepare_data.py writes (default: %(default)s)")
     args = parser.parse_args(argv)
-    for name, low, high in (("link_gbps", 0, 1e6), ("rounds", 6, 1e4), ("rows", 16, 1e12)):
+    for name, low, high in (("link_gbps", 1e-3, 1e6), ("rounds", 6, 1e4), ("rows", 16, 1e12)):
         given = getattr(args, name)
-        for value in [] if given is None else given if isinstance(given, list) else [given]:
-            if not low <= value <= high:
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and not low <= value <= high and (name, value) != ("link_gbps", 0):
                 fail(f"{name} {value}: must be from {low:g} to {high:g}")
-    keep_freed_memory()
     if args.device == "cpu":
+        keep_freed_memory()
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))     # a core for the worker
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    began, name = time.time(), "zipf" if args.zipf else "offload"
-    result = dict(device=device_name(args.device), threads=torch.get_num_threads(),
-                  torch=str(torch.__version__), args=vars(args),
-                  **(zipf if args.zipf else measure)(args, out))
-    (out / f"{name}.json").write_text(json.dumps(result, indent=1))
-    print(f"all figures: {out / name}.json; {time.time() - began:.0f} s")
+    out, began, zipfian = Path(args.out), time.time(), args.zipf is not None
+    path = out / ("zipf.json" if zipfian else "offload.json")
+    result = dict(commit=commit(), device=device_name(args.device), torch=str(torch.__version__),
+                  threads=torch.get_num_threads(), args=vars(args))
+
+    def save(more):
+        result.update(more)
+        write_whole(path, lambda file: file.write(json.dumps(result, indent=1).encode()))
+
+    with lock(out):
+        save((zipf if zipfian else measure)(args, out))
+        (draw_zipf if zipfian else draw)(result, out)
+        if args.full and args.device != "cpu":
+            save({"paper": paper(args)})
+    print(f"all figures: {path}; {time.time() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -304,7 +304,7 @@ class Fetch:
     and a leaf of its own, so reads in flight never mix, and torch's pinned allocator hands a buffer
     out again only when the copy from it has ended. Only the buffer is pinned: the GPU never sees
     the table (and that allocator rounds up to a power of two). Start a read after the update that
-    it should see. prefetch=False: all of it at the place of use, for comparison."""
+    it should see. prefetch=False: all of it at the first place of use, for comparison."""
 
     def __init__(self, prefetch=True):
         self.worker = ThreadPoolExecutor(1, "prefetch") if prefetch else None   # ends with self
@@ -313,24 +313,26 @@ class Fetch:
     def __call__(self, table, rows):
         """table [R, d], rows [U] where the model is -> rows where the table is; leaf [U, d] where
         the model is, still empty; ready(), which returns, or raises, when the gather is over."""
-        leaf = table.new_empty(len(rows), table.size(1), device=rows.device)
-        # leaf's memory may have had a use that is still queued: the copy must come after this
-        now = torch.cuda.current_stream(leaf.device).record_event() if leaf.is_cuda else None
-        rows = rows.to(table.device)                            # waits for a GPU: U is known to it
-        gather = partial(self.gather, table, rows, leaf.detach(), now)
-        return rows, leaf, self.worker.submit(gather).result if self.worker else cache(gather)
+        leaf, now = table.new_empty(len(rows), table.size(1), device=rows.device), None
+        if leaf.is_cuda:
+            rows = pinned(rows.shape, rows.dtype).copy_(rows, non_blocking=True)
+            now = torch.cuda.current_stream(leaf.device).record_event()
+        job = partial(self.gather, table, rows, leaf.detach(), now)
+        return rows, leaf, self.worker.submit(job).result if self.worker else cache(job)
 
     def gather(self, table, rows, leaf, now):
-        """Fill leaf -> on a GPU, the event that says it is filled."""
+        """Fill leaf -> on a GPU, the event that says it is filled. now: the event after which rows
+        are on the host, and whatever was in leaf's memory before has been used."""
         with torch.inference_mode(leaf.is_inference()):         # a thread has modes of its own
             if not leaf.is_cuda:
                 torch.index_select(table, 0, rows, out=leaf)
                 return None
+            # what is queued runs behind the program: a synchronous read waits for all of it
+            (now if self.worker else torch.cuda.current_stream(leaf.device)).synchronize()
             staging = pinned(leaf.shape, leaf.dtype)
             torch.index_select(table, 0, rows, out=staging)
             self.stream = self.stream or torch.cuda.Stream(leaf.device)
             with torch.cuda.stream(self.stream):
-                self.stream.wait_event(now)
                 leaf.copy_(staging, non_blocking=True)
                 leaf.record_stream(self.stream)                 # should it be dropped unused
                 return self.stream.record_event()
@@ -354,7 +356,7 @@ def pinned(shape, dtype):
 
 
 def mapped(folder, *shape, dtype=torch.float32, device="cpu"):
-    """torch.empty in a file under folder, which has no name and goes when the process does."""
+    """torch.empty on the CPU in a file under folder, without a name: it goes with the process."""
     size = math.prod(shape) * dtype.itemsize
     try:
         with TemporaryFile(dir=folder) as file:
@@ -366,7 +368,7 @@ def mapped(folder, *shape, dtype=torch.float32, device="cpu"):
 
 
 def place(model, device, where="resident", prefetch=True):
-    """Move a GPT to device, its tables too (resident), or not (host, or disk: made by mapped)."""
+    """Move a GPT to device; tables that are not resident stay where new made them, on the CPU."""
     fetch = None if where == "resident" else Fetch(prefetch)
     tables = {engram: engram.table for engram in model.engrams() if fetch}
     for engram in tables:

@@ -74,12 +74,12 @@ class Attention(nn.Module):
 
 
 def attend(q, k, v):
-    """Causal attention of T queries over U >= T keys, the queries being the last T: [B, H, T, hd].
+    """Causal attention of T queries over T' >= T keys, the queries being the last T: [B, H, T, hd].
     On a CPU in bf16 SDPA takes twice as long as two matmuls and a softmax (T 256, LOG.md)."""
-    T, U = q.size(2), k.size(2)
-    if T == U and not (q.device.type == "cpu" and q.dtype == torch.bfloat16):
+    T, keys = q.size(2), k.size(2)
+    if T == keys and not (q.device.type == "cpu" and q.dtype == torch.bfloat16):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    future = torch.full((T, U), -torch.inf, dtype=q.dtype, device=q.device).triu(1 + U - T)
+    future = torch.full((T, keys), -torch.inf, dtype=q.dtype, device=q.device).triu(1 + keys - T)
     score = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1) + future
     return score.softmax(-1) @ v                          # softmax sums in fp32, and rounds after
 
@@ -163,7 +163,7 @@ class GPT(nn.Module):
         Needs token ids alone, hence possible before (and beside) all else: where tables lie in
         host memory, this starts the gathers, and Engram.forward waits for them. Decoding that
         hashes a token without the N-1 before it, which the cache carries, reads other rows."""
-        if not self.cfg.engram:
+        if not self.engrams():
             return []
         x, past = self.canonical[idx], cache.history if cache else None
         if cache:

@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -109,6 +110,12 @@ def write_whole(path, write):
         fail(f"{path} could not be written ({e}); what was there before is kept")
 
 
+def commit():
+    """What is checked out here, "-dirty" with changes; nothing outside of git."""
+    here = shlex.quote(str(Path(__file__).resolve().parent))
+    return subprocess.getoutput(f"git -C {here} describe --always --dirty 2>&-")
+
+
 def keep_freed_memory():
     """glibc hands large freed blocks back to the system, and each step maps and clears its
     activations anew: a quarter of its time on a CPU. Have it keep them."""
@@ -118,8 +125,8 @@ def keep_freed_memory():
 
 
 def free_memory():
-    """Bytes that this process can still have: the system's, or its container's if that is less.
-    None where neither says (they do on Linux)."""
+    """Bytes that this process can still have: the system's, or its container's (cgroup v2) if that
+    is less. None where the system does not say (Linux does)."""
     def number(path, pattern, unit=1):
         try:
             found = re.search(pattern, Path(path).read_text())
@@ -129,7 +136,8 @@ def free_memory():
     free = number("/proc/meminfo", r"MemAvailable:\s+(\d+)", 1024)
     most = number("/sys/fs/cgroup/memory.max", r"^(\d+)")
     used = number("/sys/fs/cgroup/memory.current", r"^(\d+)")
-    return min(free, most - used) if free and most and used else free
+    cached = number("/sys/fs/cgroup/memory.stat", r"(?m)^inactive_file (\d+)") or 0
+    return min(free, most - used + cached) if free and most and used else free
 
 
 def need_memory(size, what):
@@ -607,8 +615,8 @@ def build(folder, args, files):
 # ---- what train.py sees -------------------------------------------------------------------------
 
 def find(name, default, data_dir="data"):
-    """-> name of the data set, prepared if need be ("auto": the default, or python where that needs
-    a server that does not answer), and what was done otherwise than asked, or None."""
+    """-> name of the data set, prepared if need be, and None, or a note if python was taken instead
+    ("auto": the default, and python where that needs a server that does not answer)."""
     auto, name = name == "auto", default if name == "auto" else name
     if name in DEFAULT_MB and not (Path(data_dir) / name / "meta.json").exists():
         try:

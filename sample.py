@@ -32,13 +32,16 @@ from prepare_data import Offline, encoding, fail, script
 
 def load_checkpoint(path, new=torch.empty):
     """-> what train.py saved at path, and the model with its weights, on the CPU. new: makes the
-    tables they are copied into; None: weights stay in the file, mapped, and are read from there."""
+    tables that are copied into; None: they stay in the file. With new not torch.empty, the file is
+    mapped, not read (but once for its checksums): do not write to it while that lasts."""
     try:
         if damaged := zipfile.ZipFile(path).testzip():
             raise ValueError(f"{damaged} has another checksum")
-        saved = torch.load(path, map_location="cpu", mmap=not new, weights_only=True)
+        saved = torch.load(path, "cpu", mmap=new is not torch.empty, weights_only=True)
         model = GPT(GPTConfig(**saved["shape"]), saved["model"]["canonical"],
                     new or partial(torch.empty, device="meta"))          # no table is made
+        if any(p.dtype != saved["model"][name].dtype for name, p in model.state_dict().items()):
+            raise ValueError("its numbers are of another type")
         model.load_state_dict(saved["model"], assign=not new)
         saved["run"], saved["records"][-1], saved["tokenizer"]                    # all there?
         if (name := saved["header"]["model"]) != path.parent.name:
@@ -49,6 +52,8 @@ def load_checkpoint(path, new=torch.empty):
         fail(f"no checkpoint at {path}; " + (f"there is one of: {', '.join(there)} (--model)"
                                              if there else "train first: python train.py"))
     except Exception as error:      # torch, pickle and zipfile raise many kinds for a damaged file
+        if "allocate memory" in str(error):
+            raise
         fail(f"{path} is not a readable checkpoint of train.py ({type(error).__name__}: "
              f"{' '.join(str(error).split()):.150}); restore it, or use another --out_dir")
 

@@ -18,7 +18,6 @@ import os
 import platform
 import resource
 import shlex
-import subprocess
 import sys
 import time
 
@@ -29,8 +28,8 @@ from tqdm import tqdm
 
 from engram import EngramConfig, RowAdam, canonical_ids, mapped, opt, place, table_parameters
 from model import GPT, GPTConfig, make_twins
-from prepare_data import (Data, Offline, fail, keep_freed_memory, lock, need_memory, script,
-                          write_whole)
+from prepare_data import (Data, Offline, commit, fail, keep_freed_memory, lock, need_memory,
+                          script, write_whole)
 from sample import compare, evaluate, load_checkpoint, plot, report
 
 
@@ -160,13 +159,11 @@ def learning_rate(step, cfg):
 
 def describe(name, model, cfg, data):
     """-> the first record of a log: all that is needed to understand and repeat the run."""
-    here = shlex.quote(str(Path(__file__).resolve().parent))
-    git = f"git -C {here} describe --always --dirty 2>&-"               # nothing outside of git
     known = {k: v for k, v in data.meta.items() if k not in ("tokenizer", "args")}
     return {"command": shlex.join(["train.py", *sys.argv[1:]]), "model": name,
             "config": asdict(cfg), "shape": asdict(model.cfg), "accounting": model.accounting(),
             "parameters_by_kind": model.parameters_by_kind(), "data": {**known, "note": data.note},
-            "copyable_tokens": int(data.copyable.sum()), "commit": subprocess.getoutput(git),
+            "copyable_tokens": int(data.copyable.sum()), "commit": commit(),
             "python": platform.python_version(), "torch": str(torch.__version__),
             "device": device_name(cfg.device), "threads": torch.get_num_threads()}
 
@@ -183,7 +180,8 @@ def start(path, run, shape, cfg, data):
     torch.manual_seed(cfg.seed)
     canonical = canonical_ids(data.token_bytes, not shape.engram or shape.engram.compress)
     if shape.engram and cfg.table != "disk":
-        need_memory(12 * table_parameters(shape.engram), "the memory's table with its moments")
+        each = 4 if cfg.table == "resident" and cfg.device != "cpu" else 13       # with moments
+        need_memory((1 + path.exists()) * each * table_parameters(shape.engram), "the table")
     new = partial(mapped, path.parent) if cfg.table == "disk" else torch.empty
     saved, model = load_checkpoint(path, new) if path.exists() else \
         (None, GPT(shape, canonical, new))
@@ -302,7 +300,7 @@ def main(argv=None):
         if cfg.resume and not there:
             fail(f"nothing to resume: no {out / names[0] / 'ckpt.pt'}; leave out --resume")
         if cfg.dtype == "auto":     # timed once a run: a resumed one goes on as it began
-            cfg.dtype = load_checkpoint(there[0])[0]["run"]["dtype"] if there else \
+            cfg.dtype = load_checkpoint(there[0], None)[0]["run"]["dtype"] if there else \
                 faster_dtype(cfg.device)
         try:
             data = Data(cfg, shape.block_size)
