@@ -1553,8 +1553,9 @@ def test_bench(tiny_bench, tmp_path, capsys):
     whats = [table["what"].split(",")[0] for table in result["prompts"] + result["others"]]
     assert whats == ["prompts"] * 3 + ["decoding"] * 3 + ["a training step"]
     for table in result["prompts"] + result["others"]:
-        assert list(table["arms"]) == arms and table["simulated_gbps"] > 0
-        for arm in arms:
+        assert list(table["arms"]) == arms[:4 + ("training" not in table["what"])]
+        assert table["simulated_gbps"] > 0
+        for arm in table["arms"]:
             figures = table["arms"][arm]
             assert len(figures["ms"]) == 6 and figures["lost_percent"][0] < 100
             assert any(line.split(",")[0].startswith(f"  {arm.split(',')[0]}") and
@@ -1696,7 +1697,7 @@ def test_the_readme_is_the_bench():
     tables = [bench["prompts"][-1], bench["others"][0], bench["others"][-1], bench["crossover"],
               json.loads((folder / "zipf.json").read_text())]
     lines = [line for table in tables for line in table["lines"]]
-    assert len(lines) == 3 * 9 + 8 + 6 and not [line for line in lines if line not in readme]
+    assert len(lines) == 9 + 9 + 8 + 8 + 6 and not [line for line in lines if line not in readme]
 
 
 def test_exit_code_of_the_command(tmp_path):
