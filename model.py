@@ -160,9 +160,8 @@ class GPT(nn.Module):
 
     def read(self, idx, cache=None):
         """Hash tokens [B, T] and read the rows of all memory layers -> [Read per memory layer].
-        Needs token ids alone, hence possible before (and beside) all else: where tables lie in
-        host memory, this starts the gathers, and Engram.forward waits for them. Decoding that
-        hashes a token without the N-1 before it, which the cache carries, reads other rows."""
+        Needs token ids alone, hence possible before and beside all else; what lies in host memory
+        is on its way then. Without the N-1 before it (in the cache) a token reads other rows."""
         if not self.engrams():
             return []
         x, past = self.canonical[idx], cache.history if cache else None
