@@ -9,7 +9,6 @@ test_vectors.npz holds inputs, weights and outputs of the official demo (engram_
 configurations, with the canonical ids of the inputs, so that GPT-2's tokenizer is not needed.
 """
 from collections import Counter
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 import gc
@@ -1058,7 +1057,7 @@ def test_decoding_with_a_cache_is_five_times_as_fast():
     shape = GPTConfig(block_size=512, n_layer=2, n_embd=512, n_head=8, expert_hidden=256,
                       shared_hidden=512)
     model = GPT(make_twins(shape, 0.75)[0]["engram"], np.arange(4096)).eval()
-    idx, times = torch.randint(0, 4096, (1, 512)), []
+    idx = torch.randint(0, 4096, (1, 512))
     began = time.perf_counter()
     assert len(list(sample_script.generate(model, idx[:, :1], 511))) == 511
     cached, slow = time.perf_counter() - began, 0.0

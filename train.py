@@ -21,7 +21,6 @@ import shlex
 import sys
 import time
 
-import numpy as np
 import torch
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
