@@ -145,7 +145,7 @@ def need_memory(size, what):
     free = free_memory()
     if free is not None and size > free:
         fail(f"not enough memory: {what} takes {size / 1e9:,.1f} GB, {free / 1e9:.1f} GB are free; "
-             "ask for fewer rows")
+             "ask for fewer rows (train.py: fewer experts, or --table disk)")
 
 
 @contextmanager
