@@ -42,7 +42,7 @@ class EngramConfig:
     blocks: tuple = opt((1,), "blocks that get a memory, counted from 0")
     orders: tuple = opt((2, 3), "n-gram orders; 1 is the current token alone, a control")
     heads: int = opt(4, "K, hash heads per order: two n-grams rarely collide in all")
-    rows: tuple = ()                # per head, one number or one per order; no flag: rho decides
+    rows: tuple = opt((), "rows per head, one number or one per order; none: as rho decides")
     width: int = opt(16, "d, width of one row")
     conv_kernel: int = opt(4, "taps of the short convolution; 0 leaves it out")
     gate: str = opt("sqrt", "sqrt (official demo), plain (paper, eq. 4) or off (alpha = 1)",
@@ -275,12 +275,12 @@ def hash_multipliers(cfg, block, n_canonical):
 def head_primes(cfg):
     """-> {block: [[prime per head] per order]}. Every head of every order and layer has a prime of
     its own, the next free one from rows on, so two n-grams that collide in one head rarely meet
-    in another."""
+    in another. One row a head, a control, is no prime: whatever the n-gram, it reads row 0."""
     taken, primes = set(), {}
     for block in cfg.blocks:
         primes[block] = []
         for rows in cfg.rows:
-            heads, p = [], rows - 1
+            heads, p = [1] * cfg.heads * (rows == 1), rows - 1
             while len(heads) < cfg.heads:
                 p += 1
                 if p > 1 and p not in taken and all(p % i for i in range(2, math.isqrt(p) + 1)):

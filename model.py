@@ -231,14 +231,15 @@ def make_twins(cfg, rho):
     GPTConfig}, lines that show the arithmetic), with the same P_tot and the same P_act. rho is the
     share of P_sparse that stays with routed experts (paper, section 3): Engram drops experts and
     buys rows with what that frees. Reading costs too, keys and values are projected: the MoE-only
-    twin gets a wider shared expert for that, rounded up, so it never has less compute."""
+    twin gets a wider shared expert for that, rounded up, so it never has less compute. If rows are
+    given, they stay as they are: an experiment with the memory's size, and no twins."""
     if not cfg.n_expert:
         raise ValueError("n_expert 0: twins, and the dense model made from them, need experts")
     if not 0 <= rho < 1:
         raise ValueError(f"rho {rho}: must be from 0 (all memory) to below 1 (no memory)")
     L, D, k = cfg.n_layer, cfg.n_embd, cfg.top_k
-    n_expert = k + round(rho * (cfg.n_expert - k))
-    if n_expert == cfg.n_expert:
+    n_expert, given = k + round(rho * (cfg.n_expert - k)), cfg.engram.rows
+    if n_expert == cfg.n_expert and not given:
         raise ValueError(f"rho {rho} leaves no row: all {n_expert} experts stay (top_k {k}); use a "
                          "smaller rho or more experts")
 
@@ -260,16 +261,16 @@ def make_twins(cfg, rho):
 
     while rows > 1 and over(rows) > 0:
         rows -= math.ceil(over(rows) / tables)
-    if rows < 2:
+    if rows < 2 and not given:
         raise ValueError(f"rho {rho} leaves no row: {freed:,} parameters freed, {tables:,} per row")
-    engram = replace(probe, engram=replace(cfg.engram, rows=rows))
+    engram = replace(probe, engram=replace(cfg.engram, rows=given or rows))
     e, a, b, expert = engram.engram, count(engram), count(moe), 3 * D * cfg.expert_hidden
     reached = L * (n_expert - k) * expert / a["P_sparse"]
     lines = [
         f"twins: {cfg.n_expert} - {n_expert} experts = {cfg.n_expert - n_expert} x {L} blocks x "
         f"{expert:,} parameters to memory; MoE-only: shared expert {cfg.shared_hidden} + {widen}",
-        f"table: {len(e.blocks)} layers x {len(e.orders)} orders x {e.heads} heads x ~{rows:,} rows"
-        f" x {e.width} = {a['table_parameters']:,}; {a['bytes_read_per_token']:,} B read per token",
+        f"table: {len(e.blocks)} layers x {len(e.orders)} orders x {e.heads} heads x ~{e.rows[0]:,} "
+        f"rows x {e.width} = {a['table_parameters']:,}; {a['bytes_read_per_token']:,} B read per token",
         f"rho: {reached:.3f} of P_sparse in experts, {rho} asked",
         *(f"{name:7s}P_tot {c['P_tot']:,}  P_act {c['P_act']:,}  P_tot/P_act "
           f"{c['P_tot'] / c['P_act']:.2f}  FLOPs per token {c['flops_per_token']:,}"

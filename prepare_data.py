@@ -639,22 +639,27 @@ class Data:
         default = "tinystories" if cfg.device.startswith("cuda") else "python"
         self.name, self.note = find(cfg.dataset, default, cfg.data_dir)
         self.meta, self.train, val = load(self.name, cfg.data_dir)
+        self.train = self.train[:cfg.train_tokens or None]
         self.T, blocks, per_step = T, (len(self.train) - 1) // T, cfg.tokens_per_step // T
         n = min(max(1, cfg.eval_tokens // T), (len(val) - 1) // T)
         if n < 1 or blocks < per_step:
             fail(f"{self.name}: {len(self.train):,} tokens to train on, {len(val):,} to validate: "
                  f"too few for a step of {cfg.tokens_per_step:,} or a sequence of {T}")
-        self.order = np.random.default_rng(cfg.seed).permutation(blocks)
+        rng, passes = np.random.default_rng(cfg.seed), 1
+        if cfg.train_tokens:  # to show what repetition does
+            passes = -(-cfg.steps * per_step // blocks)
+        self.order = np.concatenate([rng.permutation(blocks) for _ in range(passes)])
         starts = np.linspace(0, len(val) - 1 - T, n).astype(int)
         self.val_x, self.val_y = self.sequences(val, starts)
-        if cfg.steps > blocks // per_step:
+        if cfg.steps * per_step > len(self.order):
             print(f"steps {cfg.steps} capped at {blocks // per_step}, one pass over the "
                   f"{len(self.train):,} tokens of {self.name}: on repeated data tables overfit")
             cfg.steps = blocks // per_step
         self.token_bytes = token_bytes(self.meta["tokenizer"])
         self.bytes = np.array([len(b) for b in self.token_bytes])
         self.bytes[self.meta["eot"]] = 0  # the separator is not text
-        self.count(cfg.steps * per_step)
+        self.seen, self.copyable = self.count(cfg.steps * per_step, 2)
+        _, self.copyable3 = self.count(cfg.steps * per_step, 3)
 
     def sequences(self, tokens, starts):
         rows = np.stack([tokens[s:s + self.T + 1] for s in starts]).astype(np.int64)
@@ -664,28 +669,35 @@ class Data:
         """-> x, y [n, T]. A function of seed and step alone: nothing to save or restore."""
         return self.sequences(self.train, self.order[step * n:(step + 1) * n] * self.T)
 
-    def count(self, n):
-        """seen [n_val, T]: how often each validation token's 2-gram (it and the token before)
-        stands in the first n sequences of the order, those that training sees. copyable [n_val, T]:
-        never there, but earlier in the same context. Mostly in-context copying (induction) predicts
-        these: their loss shows whether it has formed."""
-        pairs = self.val_x * len(self.bytes) + self.val_y
-        unique, where = np.unique(pairs, return_inverse=True)
+    def count(self, n, order):
+        """seen [n_val, T]: how often the n-gram of that order that ends with each validation token
+        stands in the first n sequences of the order, those that training sees (-1: the context
+        begins within it). copyable [n_val, T]: never there, but earlier in the same context. Mostly
+        in-context copying (induction) predicts these: their loss shows whether it has formed."""
+        def grams(x, y):  # each n-gram as one number
+            z = np.concatenate([x, y[:, -1:]], axis=1)
+            return sum(z[:, k:self.T + 2 - order + k] * len(self.bytes) ** k for k in range(order))
+
+        ours = grams(self.val_x, self.val_y)
+        unique, where = np.unique(ours, return_inverse=True)
         times = np.zeros(len(unique), np.int64)
         for i in range(0, n, 4096):  # memory stays flat
-            x, y = self.sequences(self.train, self.order[i:min(i + 4096, n)] * self.T)
-            trained, k = np.unique(x * len(self.bytes) + y, return_counts=True)
-            _, ours, theirs = np.intersect1d(unique, trained, True, return_indices=True)
-            times[ours] += k[theirs]
-        self.seen = times[where.reshape(pairs.shape)]
-        self.copyable = self.seen == 0
-        for row, p in zip(self.copyable, pairs):
-            row[np.unique(p, return_index=True)[1]] = False  # its first time in this context
+            trained, k = np.unique(grams(*self.sequences(
+                self.train, self.order[i:min(i + 4096, n)] * self.T)), return_counts=True)
+            _, mine, theirs = np.intersect1d(unique, trained, True, return_indices=True)
+            times[mine] += k[theirs]
+        seen = np.full(self.val_y.shape, -1)
+        seen[:, order - 2:] = times[where.reshape(ours.shape)]
+        copyable = seen == 0
+        for row, g in zip(copyable, ours):
+            row[order - 2 + np.unique(g, return_index=True)[1]] = False  # its first time here
+        return seen, copyable
 
     def score(self, losses):
         """Nats of the validation tokens [n_val, T] -> what is reported of them."""
-        copy = float(losses[self.copyable].mean()) if self.copyable.any() else None
-        return {"val_loss": float(losses.mean()), "copy_loss": copy,
+        mean = lambda mask: float(losses[mask].mean()) if mask.any() else None
+        return {"val_loss": float(losses.mean()), "copy_loss": mean(self.copyable),
+                "copy3_loss": mean(self.copyable3),
                 "val_bpb": float(losses.sum() / np.log(2) / self.bytes[self.val_y].sum())}
 
 

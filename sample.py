@@ -319,14 +319,14 @@ def read_logs(out_dir):
     return runs
 
 
-def crossing(records, target):
-    """-> (tokens, seconds) at which the validation loss first reached target, linear between
+def crossing(records, target, key="val_loss"):
+    """-> (tokens, seconds) at which the loss of that name first reached target, linear between
     evaluations; None if it never did."""
     for before, after in zip([None, *records], records):
-        if after["val_loss"] <= target:
+        if after[key] <= target:
             if before is None:
                 return after["tokens"], after["seconds"]
-            share = (before["val_loss"] - target) / (before["val_loss"] - after["val_loss"])
+            share = (before[key] - target) / (before[key] - after[key])
             return tuple(before[k] + share * (after[k] - before[k]) for k in ("tokens", "seconds"))
 
 

@@ -1,257 +1,457 @@
 """
 Experiments of many runs: train what is missing, then a table and a figure. Optional reading.
 
-    python sweep.py twins            # 2 hours on 2 cores; interrupted, it goes on where it was
-    python sweep.py twins --plot     # table and figure again from results/twins/, no training
+    python sweep.py allocation                   # how much to experts, how much to memory?
+    python sweep.py controls --seeds 8 --arms token bigrams        # more seeds where undecided
+    python sweep.py memory --plot                # from results/memory.json again, no training
 
-The idea: a run is named by what it is, goes through train.py as a user's would, and leaves its log
-under results/. A run whose log is there is never run again.
+The idea: a run is named by a hash of all that makes it (flags, seed, data, torch, machine), goes
+through train.py as a user's would, and is kept under runs/. What one sweep has trained no other
+trains again, and an interrupted one goes on where it was. After a change to the code delete runs/.
 """
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 import argparse
+import hashlib
+import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
 
-from prepare_data import fail, prepare, script
-from sample import crossing, read_log
+from prepare_data import Data, Offline, fail, load, lock, prepare, script, write_whole
+from sample import crossing, load_checkpoint, read_log, token_losses
 
 HERE = Path(__file__).resolve().parent
-RATES, TUNING_SEED, SEEDS = (0.002, 0.004, 0.008), 10, (11, 12, 13, 14, 15)
-ARMS = {  # the fair result and its controls: name -> flags, whose rate it takes, what it is
-    "engram": ("--model engram", "engram", "Engram"),
-    "moe": ("--model moe", "moe", "MoE-only twin"),
-    "fewer": ("--model moe --n_expert 6", "moe", "MoE-only, 3/4 of the experts"),
-    "token": ("--model engram --engram_orders 1 --engram_heads 8", "engram",
-              "table addressed by the current token alone")}
-SAME = "--preset laptop --device cpu --dtype bfloat16 --dataset python"
-LONG = "--steps 4800 --eval_every 300"
-# 97.5th percentile of Student's t by degrees of freedom
-T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+TUNING_SEED, FIRST_SEED = 10, 11        # the first is for rates and trials, and for nothing else
+LAPTOP = "--preset laptop --dtype bfloat16 --data_dir data"
+# a small shape in which experts earn their keep (LOG.md); a BPE of 1,024 tokens
+SMALL = ("--preset laptop --dtype float32 --data_dir data/v1024 --n_embd 64 --n_head 2 "
+         "--n_expert 32 --expert_hidden 64 --shared_hidden 64 --tokens_per_step 1024 "
+         "--batch_size 4 --eval_tokens 32768")
+ENGRAM, MOE = "--model engram --rho 0.75", "--model moe"
+BOTH = {"engram": (ENGRAM, "Engram"), "moe": (MOE, "MoE-only twin")}
+OFF = {"off": ("off " + ENGRAM, "memory off, same weights")}
 
 
-def interval(values):
-    """-> mean of the values and half the width of its 95 % interval (t)."""
-    half = T[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
-    return statistics.mean(values), half
+def sweeps(steps):
+    """-> {name: what it is}: arms {name: (flags, title)}, all compared with the arm reference; x:
+    the abscissa, from a run's header. steps: None, or instead of each sweep's own."""
+    small, rows = dict(base=SMALL, steps=1500), [2 ** k for k in (12, 14, 16, 18, 20)]
+    rates = dict(reference="moe 0.004", say=say_best, first=TUNING_SEED, seeds=1, arms={
+        f"{model} {lr}": (f"{flags} --lr {lr}", f"{title}, rate {lr}")
+        for model, (flags, title) in BOTH.items() for lr in ("0.002", "0.004", "0.008")})
+    kinds = {
+        "twins": dict(base=LAPTOP, steps=1200, evaluations=8, reference="moe", say=say_twins, curve="val_loss",
+                      arms={**BOTH, "fewer": ("--model moe --n_expert 6",
+                                              "MoE-only, 3/4 of the experts"),
+                            "token": ("--model engram --engram_orders 1 --engram_heads 8",
+                                      "table addressed by the current token alone")}),
+        "twins_rates": dict(rates, base=LAPTOP, steps=1200, evaluations=8),
+        "twins_long": dict(base=LAPTOP, steps=4800, evaluations=16, seeds=1, reference="moe",
+                           say=say_twins, curve="val_loss", arms=BOTH),
+        "rates": dict(small, **rates),
+        "experts": dict(small, reference="half", say=say_arms, arms={
+            "half": (f"{MOE} --n_expert 16", "16 experts"), "moe": (MOE, "32 experts")}),
+        "allocation": dict(small, reference="1", say=say_allocation, x=("rho", share), arms={
+            "1": (MOE, "rho 1, MoE-only twin"),
+            **{rho: (f"--model engram --rho {rho}", f"rho {rho}")
+               for rho in ("0.9", "0.75", "0.5", "0.25", "0")}}),
+        "controls": dict(small, reference="engram", say=say_arms, arms={
+            **BOTH, "one row": (f"{ENGRAM} --engram_rows 1", "one row per head (capacity 1)"),
+            "token": (f"{ENGRAM} --engram_orders 1 --engram_heads 8", "current token alone"),
+            "bigrams": (f"{ENGRAM} --engram_orders 2 --engram_heads 8", "2-grams only"),
+            "raw": (f"{ENGRAM} --no-engram_compress", "no compression"),
+            "ungated": (f"{ENGRAM} --engram_gate off", "no gate"),
+            "shuffled": ("shuffled " + ENGRAM, "rows shuffled at inference"), **OFF}),
+        "jump": dict(small, steps=8000, evaluations=40, reference="moe", say=say_jump,
+                     curve="copy3_loss", arms=BOTH),
+        "memory": dict(small, reference=f"{rows[0]}", say=say_memory, x=("rows per head", height),
+                       arms={f"{n}": (f"{ENGRAM} --engram_rows {n}", f"{n:,} rows per head")
+                             for n in rows}),
+        "parts": dict(small, reference="engram", say=say_arms, arms={
+            "engram": BOTH["engram"],
+            "conv": (f"{ENGRAM} --engram_conv_kernel 0", "no convolution"),
+            "plain": (f"{ENGRAM} --engram_gate plain", "plain gate (paper, eq. 4)"),
+            "4-grams": (f"{ENGRAM} --engram_orders 2 3 4 --engram_width 11", "2- to 4-grams"),
+            "stop": (f"{ENGRAM} --engram_stop_at_eot", "look-back stops at end of text"),
+            "rate 1": (f"{ENGRAM} --table_lr 1", "table rate x1"),
+            "rate 15": (f"{ENGRAM} --table_lr 15", "table rate x15"),
+            "v4.1": (f"{ENGRAM} --engram_orders 2 3 4 --engram_width 11 --engram_conv_kernel 0 "
+                     "--engram_stop_at_eot --no-engram_bias", "DeepSeek-V4.1's variant")}),
+        "placement": dict(small, reference="1", say=say_arms, arms={
+            blocks: (f"{ENGRAM} --engram_blocks {blocks}", f"in block {blocks}")
+            for blocks in ("0", "1", "2", "3", "1 3", "0 1 2")}),
+        "data": dict(small, reference="moe", say=say_arms, arms={}),
+    }
+    for kind in kinds.values():
+        kind["steps"] = steps or kind["steps"]
+    n = kinds["data"]["steps"]
+    kinds["data"]["arms"] = {
+        arm + name: (f"{flags} {more}", title + what) for name, more, what in
+        (("", "", ""), (" x4", f"--steps {4 * n}", ", 4 x the tokens"),
+         (" again", f"--train_tokens {max(1, n // 4) * 1024}", ", a quarter of them 4 times"))
+        for arm, (flags, title) in BOTH.items()}
+    return kinds
+
+
+def share(header):
+    """rho as it was reached: the routed experts' part of P_sparse."""
+    shape, kinds = header["shape"], header["parameters_by_kind"]
+    idle = kinds["routed experts"] * (1 - shape["top_k"] / shape["n_expert"])
+    return idle / header["accounting"]["P_sparse"]
+
+
+def height(header):
+    return header["shape"]["engram"]["rows"][0]
 
 
 # ---- runs ---------------------------------------------------------------------------------------
 
-def name_of(arm, rate, seed, long):
-    return f"{arm}{'_long' * long}_lr{rate:g}_seed{seed}"
+def settle(kind, dataset):
+    """-> what all runs of a sweep share, the data being prepared; it goes into their hashes."""
+    import torch
+    from train import device_name
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = kind["base"].split("--data_dir ")[1].split()[0]
+    if not (Path(folder) / dataset / "meta.json").exists():
+        try:
+            prepare(dataset, data_dir=folder, vocab_size=4096 if kind["base"] == LAPTOP else 1024)
+        except Offline as error:
+            fail(error)
+    meta = load(dataset, folder)[0]
+    every = -(-kind["steps"] // kind.get("evaluations", 4))
+    return {"flags": f"{kind['base']} --device {device} --dataset {dataset} --steps "
+                     f"{kind['steps']} --eval_every {every}",
+            "data": [meta[split]["sha256"] for split in ("train", "val")],
+            "torch": str(torch.__version__), "device": device_name(device)}
 
 
-def log_of(folder, arm, rate, seed, long=False):
-    """-> (header, records) of a finished run, or None."""
-    path = folder / f"{name_of(arm, rate, seed, long)}.jsonl"
-    if not (run := read_log(path)):
+def home(settings, flags, seed):
+    """The folder of one run."""
+    known = json.dumps([settings, flags, seed], sort_keys=True)
+    return Path("runs") / hashlib.sha256(known.encode()).hexdigest()[:12]
+
+
+def finished(settings, flags, seed):
+    """-> the run as it stands in results/NAME.json, or None. Flags that begin with a word, off or
+    shuffled, are of a run without it, evaluated once more in another way."""
+    after, _, flags = flags.partition("--")
+    out = home(settings, flags := "--" + flags, seed)
+    if not (run := read_log(out / flags.split()[1] / "log.jsonl")):
         return None
-    cfg = run[0]["config"]
-    if (run[0]["model"], cfg["lr"], cfg["seed"]) != (ARMS[arm][0].split()[1], rate, seed):
-        fail(f"{path} is the log of another run: {run[0].get('command')}; delete it")
-    whole = len(run[1]) == -(-cfg["steps"] // cfg["eval_every"])
-    return run if whole and run[1][-1]["step"] == cfg["steps"] else None
+    header, records = run
+    cfg = header["config"]
+    if len(records) < -(-cfg["steps"] // cfg["eval_every"]) or records[-1]["step"] < cfg["steps"]:
+        return None
+    if after:
+        if not (out / "after.json").exists():
+            return None
+        losses = json.loads((out / "after.json").read_text())
+        records = [{**records[-1], "val_loss": losses[after.strip()]}]
+    return {"seed": seed, "header": header, "records": records}
 
 
-def check_alike(folder):
-    """Runs of other data, another torch or another machine do not belong in one table."""
-    kinds = {}
-    for path in sorted(folder.glob("*.jsonl")):
-        if not (run := read_log(path)):
-            continue
-        header, cfg = run[0], run[0]["config"]
-        kind = {k: cfg.get(k) for k in ("preset", "dtype", "tokens_per_step", "table_lr")}
-        kind.update({k: header.get(k) for k in ("torch", "device", "threads")},
-                    **{k: header["data"].get(k, {}).get("sha256") for k in ("train", "val")})
-        kinds.setdefault(str(kind), path.name)
-    if len(kinds) > 1:
-        fail(f"{' and '.join(kinds.values())} are not alike: {' and '.join(kinds)}; begin anew in "
-             "another folder (--results)")
-
-
-def run(folder, arm, rate, seed, long=False):
-    """Train one run, or finish it, unless it is there: one thread on a CPU."""
-    if log_of(folder, arm, rate, seed, long):
-        return
-    flags = f"{ARMS[arm][0]} --lr {rate:g} --seed {seed} {SAME} {LONG * long}".split()
-    name = name_of(arm, rate, seed, long)
-    out, model = Path("runs") / name, flags[1]
-    resume = ["--resume"] * (out / model / "ckpt.pt").exists()
+def train(settings, flags, seed):
+    """Train one run, or finish it: one thread on a CPU. Then, with a memory, evaluate it anew."""
+    flags = flags[flags.index("--"):]
+    out, model = home(settings, flags, seed), flags.split()[1]
     out.mkdir(parents=True, exist_ok=True)
-    with open(f"{out}.txt", "w") as printed:
-        done = subprocess.run(
-            [sys.executable, HERE / "train.py", *flags, "--out_dir", out, *resume], stdout=printed,
-            stderr=printed, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if done.returncode in (130, -2):
-        raise KeyboardInterrupt
-    if done.returncode:
-        fail(f"{name} ended with exit code {done.returncode}: see {out}.txt")
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(out / model / "log.jsonl", folder / f"{name}.jsonl")
-    print(f"{name}: {log_of(folder, arm, rate, seed, long)[1][-1]['val_loss']:.4f}", flush=True)
+    if not finished(settings, flags, seed):
+        resume = ["--resume"] * (out / model / "ckpt.pt").exists()
+        with open(out / "printed.txt", "w") as printed:
+            done = subprocess.run(
+                [sys.executable, HERE / "train.py", *settings["flags"].split(), *flags.split(),
+                 "--seed", str(seed), "--out_dir", out, *resume], stdout=printed, stderr=printed,
+                env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if done.returncode in (130, -2):
+            raise KeyboardInterrupt
+        if done.returncode:
+            fail(f"{flags} ended with exit code {done.returncode}: see {out}/printed.txt")
+    if model == "engram" and not (out / "after.json").exists():
+        write_whole(out / "after.json", lambda f: f.write(json.dumps(after(out)).encode()))
 
 
-def run_twins(folder):
-    if not Path("data/python/meta.json").exists():
-        prepare("python")                  # once, before two runs would
-    with ThreadPoolExecutor(2) as pool:
-        each = lambda runs: list(pool.map(lambda r: run(folder, *r), runs))
-        each([(arm, rate, TUNING_SEED) for rate in RATES for arm in ("engram", "moe")])
-        best = best_rates(folder)
-        each([(arm, best[arm], seed) for seed in SEEDS for arm in ("engram", "moe")])
-        each([(arm, best[ARMS[arm][1]], seed) for seed in SEEDS for arm in ("fewer", "token")])
-        each([(arm, best[arm], SEEDS[0], True) for arm in ("engram", "moe")])
+def after(out):
+    """-> the loss of a finished run with its memory off, and with its rows shuffled within each
+    head's own part of the table: right sizes and statistics, wrong addresses."""
+    import torch
+    from train import Config, autocast
+    saved, model = load_checkpoint(out / "engram" / "ckpt.pt")
+    cfg = Config(**saved["header"]["config"])
+    model.to(cfg.device)
+    data = Data(cfg, model.cfg.block_size)
+    loss = lambda memory: float(token_losses(model, data.val_x, data.val_y, cfg.batch_size,
+                                             autocast(cfg), memory).double().mean())
+    off, generator = loss(False), torch.Generator().manual_seed(0)
+    for engram in model.engrams():
+        for start, size in zip(engram.offsets.flatten().tolist(), engram.primes.flatten().tolist()):
+            part = engram.table[start:start + size]
+            part.copy_(part[torch.randperm(size, generator=generator).to(part.device)])
+    return {"off": off, "shuffled": loss(True)}
 
 
-# ---- from the logs ------------------------------------------------------------------------------
-
-def best_rates(folder):
-    """-> {model: its best rate on the tuning seed}. An end of the range is not taken on trust."""
-    best = {}
-    for arm in ("engram", "moe"):
-        runs = {rate: log_of(folder, arm, rate, TUNING_SEED) for rate in RATES}
-        if missing := [rate for rate, r in runs.items() if not r]:
-            fail(f"no finished log of {arm} at the rates {missing} in {folder}; run without --plot")
-        best[arm] = min(RATES, key=lambda rate: runs[rate][1][-1]["val_loss"])
-        if best[arm] in (RATES[0], RATES[-1]):
-            fail(f"the best rate of {arm} is {best[arm]:g}, an end of {RATES}: try one beyond it")
-    return best
+def collect(path, name, settings, arms):
+    """Write all runs of this sweep that are finished: those in the file, and those under runs/."""
+    runs = {(r["arm"], r["seed"]): r for r in (read(path)["runs"] if path.exists() else [])}
+    for arm, (flags, _) in arms.items():
+        for seed in range(TUNING_SEED, TUNING_SEED + 64):
+            if (arm, seed) not in runs and (run := finished(settings, flags, seed)):
+                runs[arm, seed] = {"arm": arm, **run}
+    lines = ",\n".join(json.dumps(run) for run in runs.values())
+    text = f'{{"name": "{name}", "settings": {json.dumps(settings)}, "runs": [\n{lines}\n]}}\n'
+    write_whole(path, lambda file: file.write(text.encode()))
+    return runs
 
 
-def twins(folder, picture):
-    """Draw the curves -> the table's lines, in Markdown, and what belongs to it."""
-    check_alike(folder)
-    best = best_rates(folder)
-    runs = {arm: {seed: r for seed in SEEDS if (r := log_of(folder, arm, best[ARMS[arm][1]], seed))}
-            for arm in ARMS}
-    if len(runs["engram"]) < 2 or runs["engram"].keys() != runs["moe"].keys():
-        fail(f"{folder} needs both twins of the same seeds, at least two; run without --plot")
-    shares = []
-    for (_, a), (_, b) in zip(runs["engram"].values(), runs["moe"].values()):
-        if at := crossing(a, b[-1]["val_loss"]):
-            shares.append([at[0] / b[-1]["tokens"], at[1] / b[-1]["seconds"]])
-    draw(runs, shares, picture)
-    return [*table(runs), "", *remarks(runs, shares), *tuning(folder), *long_run(folder, best)]
+def run_all(path, name, kind, args):
+    from tqdm import tqdm
+    settings = settle(kind, args.dataset)
+    if path.exists() and (there := read(path)["settings"]) != settings:
+        differ = [f"{k} {v} there, {settings[k]} here" for k, v in there.items()
+                  if v != settings.get(k)]
+        fail(f"{path} holds runs that are not like these ({'; '.join(differ)}): give --results "
+             "another folder")
+    if unknown := [arm for arm in args.arms or () if arm not in kind["arms"]]:
+        fail(f"{name} has no arm {', '.join(unknown)}: choose from {', '.join(kind['arms'])}")
+    have = collect(path, name, settings, kind["arms"])
+    first = kind.get("first", FIRST_SEED)
+    todo = {(flags[flags.index("--"):], seed): None
+            for seed in range(first, first + (args.seeds or kind.get("seeds", 3)))
+            for arm, (flags, _) in kind["arms"].items() if (arm in (args.arms or kind["arms"]) or arm == kind["reference"])
+            and (arm, seed) not in have}
+    workers = 1 if "--device cuda" in settings["flags"] else 2
+    with ThreadPoolExecutor(workers) as pool:
+        jobs = [pool.submit(train, settings, *run) for run in todo]
+        try:
+            for job in tqdm(as_completed(jobs), name, len(jobs), unit="run", smoothing=0):
+                job.result()
+                collect(path, name, settings, kind["arms"])
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def last(runs, arm, key="val_loss", seeds=None):
-    """-> the final value of each seed."""
-    return [runs[arm][seed][1][-1][key] for seed in seeds or runs[arm]]
+def read(path):
+    """-> the content of results/NAME.json."""
+    try:
+        saved = json.loads(path.read_text())
+        saved["settings"]["flags"], [r["records"][-1]["val_loss"] for r in saved["runs"]]
+        return saved
+    except FileNotFoundError:
+        fail(f"there is no {path}: run without --plot")
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        fail(f"{path} is damaged ({type(error).__name__}: {error}); delete it, runs/ has the runs")
 
 
-def paired(runs, arm, other):
-    """-> mean and half width of the interval of arm - other over the seeds that both have, n."""
-    seeds = [s for s in runs[arm] if s in runs[other]]
-    gaps = [a - b for a, b in zip(*(last(runs, x, seeds=seeds) for x in (arm, other)))]
-    return (*interval(gaps), len(gaps)) if len(gaps) > 1 else None
+# ---- statistics ---------------------------------------------------------------------------------
+
+# 97.5th percentile of Student's t by degrees of freedom
+T = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201,
+                    2.179, 2.160, 2.145, 2.131), 1))
 
 
-def table(runs):
-    lines = ["| model | P_tot | P_act | seeds | loss (sd) | minus the twin's, paired, 95 % | "
+def interval(values):
+    """-> mean of the values and half the width of its 95 % interval (t)."""
+    degrees = min(len(values) - 1, max(T))                      # beyond the table: a little wide
+    return statistics.mean(values), T[degrees] * statistics.stdev(values) / len(values) ** 0.5
+
+
+def last(run, key="val_loss"):
+    return run["records"][-1][key]
+
+
+def gaps(runs, arm, other, value=last):
+    """-> value of arm - value of other for each seed that both have."""
+    return [value(run) - value(runs[other][seed]) for seed, run in runs[arm].items()
+            if seed in runs.get(other, ())]
+
+
+def verdict(values):
+    """-> "-0.050 ± 0.020, lower": the mean and its interval, and what it shows."""
+    if len(values) < 2:
+        return f"{values[0]:+.3f}, n=1" if values else "-"
+    mean, half = interval(values)
+    shows = "undecided" if abs(mean) <= half else "lower" if mean < 0 else "higher"
+    return f"{mean:+.3f} ± {half:.3f}, {shows}"
+
+
+def table(kind, runs):
+    lines = ["| arm | P_tot | P_act | n | loss (sd) | minus the reference, paired, 95 % | "
              "bits per byte |", "|---|---|---|---|---|---|---|"]
-    for arm, (_, _, title) in ARMS.items():
-        if not (gap := paired(runs, arm, "moe")):
-            continue
-        count, losses = next(iter(runs[arm].values()))[0]["accounting"], last(runs, arm)
-        against = "-" if arm == "moe" else f"{gap[0]:+.3f} ± {gap[1]:.3f}"
-        mean, sd = statistics.mean(losses), statistics.stdev(losses)
-        bpb = statistics.mean(last(runs, arm, "val_bpb"))
-        lines.append(f"| {title} | {count['P_tot']:,} | {count['P_act']:,} | {gap[2]} | {mean:.3f} "
-                     f"({sd:.3f}) | {against} | {bpb:.3f} |")
+    for arm, seeds in runs.items():
+        losses = [last(run) for run in seeds.values()]
+        count = next(iter(seeds.values()))["header"]["accounting"]
+        sd = f" ({statistics.stdev(losses):.3f})" if len(losses) > 1 else ""
+        against = "reference" if arm == kind["reference"] else \
+            verdict(gaps(runs, arm, kind["reference"]))
+        bpb = statistics.mean(last(run, "val_bpb") for run in seeds.values())
+        again = kind["arms"][arm][0][0] != "-"                    # evaluated once more: no bpb
+        lines.append(f"| {kind['arms'][arm][1]} | {count['P_tot']:,} | {count['P_act']:,} | "
+                     f"{len(seeds)} | {statistics.mean(losses):.3f}{sd} | {against} | "
+                     f"{'-' if again else f'{bpb:.3f}'} |")
     return lines
 
 
-def remarks(runs, shares):
-    reached = f"Twin's final loss reached in {len(shares)} of {len(runs['moe'])} pairs"
-    if shares:
-        tokens, clock = ([f"{f(x):.0%}" for f in (statistics.mean, min, max)] for x in zip(*shares))
-        reached += (f", at {tokens[0]} of the tokens ({tokens[1]} to {tokens[2]}) and {clock[0]} "
-                    f"of the training time ({clock[1]} to {clock[2]})")
-    ends = lambda values: tuple(f(values) for f in (min, max))
-    both = ("engram", "moe")
-    lines = [reached + ".", "Final losses: Engram {:.2f} to {:.2f}, twin {:.2f} to {:.2f}.".format(
-        *(v for arm in both for v in ends(last(runs, arm))))]
-    if gap := paired(runs, "engram", "token"):
-        lines.append(f"Engram minus the {ARMS['token'][2]}, {gap[2]} pairs: {gap[0]:+.3f} ± "
-                     f"{gap[1]:.3f} nats.")
-    lines.append("Peak memory of the process: {:.1f} to {:.1f} GB.".format(
-        *ends([b / 1e9 for arm in runs for b in last(runs, arm, "peak_bytes")])))
-    if None not in last(runs, "engram", "copy_loss") + last(runs, "moe", "copy_loss"):
-        lines.append("Loss at the end on copyable tokens (`copy_loss`, on {:,} to {:,}): Engram "
-                     "{:.1f} to {:.1f}, twin {:.1f} to {:.1f}.".format(
-                         *ends([header["copyable_tokens"] for header, _ in runs["moe"].values()]),
-                         *(v for arm in both for v in ends(last(runs, arm, "copy_loss")))))
-    return lines
+# ---- what a sweep found, in one sentence --------------------------------------------------------
+
+def say_arms(kind, runs):
+    """Which arms the intervals part from the reference."""
+    found = {arm: verdict(gaps(runs, arm, kind["reference"])) for arm in runs
+             if arm != kind["reference"]}
+    lists = {word: [arm for arm, text in found.items() if text.endswith(word)]
+             for word in ("higher", "lower", "undecided")}
+    return f"against {kind['arms'][kind['reference']][1]}: " + "; ".join(
+        f"{word}: {', '.join(arms)}" for word, arms in lists.items() if arms)
 
 
-def tuning(folder):
-    for arm in ("engram", "moe"):
-        tried = {rate: log_of(folder, arm, rate, TUNING_SEED)[1][-1]["val_loss"] for rate in RATES}
-        yield (f"Learning rates tried, {ARMS[arm][2]}, seed {TUNING_SEED}: "
-               + ", ".join(f"{rate:g} {loss:.3f}" for rate, loss in tried.items()) + ".")
+def say_best(kind, runs):
+    best = [min((arm for arm in runs if arm.startswith(model)), default=None, key=lambda arm:
+                statistics.mean(map(last, runs[arm].values()))) for model in BOTH]
+    return f"lowest: {', '.join(filter(None, best))}"
 
 
-def long_run(folder, best):
-    runs = [log_of(folder, arm, best[arm], SEEDS[0], long=True) for arm in ("engram", "moe")]
-    if all(runs):
-        a, b = (records[-1] for _, records in runs)
-        at = crossing(runs[0][1], b["val_loss"])
-        reached = f"at {at[0] / b['tokens']:.0%} of the tokens" if at else "never"
-        yield (f"At {a['tokens'] / 1e6:.1f}M tokens (n=1, seed {SEEDS[0]}): {a['val_loss']:.3f} "
-               f"and {b['val_loss']:.3f}, {a['val_loss'] - b['val_loss']:+.3f}, twin's loss "
-               f"reached {reached}; copy_loss " + " and ".join(
-                   "none" if r["copy_loss"] is None else f"{r['copy_loss']:.1f}"
-                   for r in (a, b))
-               + f", on {runs[0][0]['copyable_tokens']:,} tokens.")
+def say_twins(kind, runs):
+    """Where Engram's curve passes the twin's last loss."""
+    at = [crossing(run["records"], last(runs["moe"][seed]))[0] / last(runs["moe"][seed], "tokens")
+          for seed, run in runs["engram"].items() if seed in runs["moe"]
+          and last(run) <= last(runs["moe"][seed])]
+    return (f"Engram minus twin {verdict(gaps(runs, 'engram', 'moe'))}; twin's loss reached in "
+            f"{len(at)} of {len(runs['moe'])}" + (f", at {statistics.mean(at):.0%} of the tokens"
+                                                  if at else ""))
 
 
-def draw(runs, shares, picture):
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(7, 4), layout="tight")
-    axes = figure.subplots()
-    means = {}
-    for arm, colour, style in (("engram", "tab:blue", "-"), ("moe", "tab:orange", "--"),
-                               ("token", "black", ":")):
-        if not runs[arm]:
-            continue
-        curves = [[r["val_loss"] for r in records] for _, records in runs[arm].values()]
-        x = [r["tokens"] / 1e6 for r in next(iter(runs[arm].values()))[1]]
-        for curve in curves if arm != "token" else []:
+def say_allocation(kind, runs):
+    """The protocol's question: is rho 0.75 below both ends?"""
+    if not all(arm in runs for arm in ("0", "0.75", "1")):
+        return "not finished"
+    counts = [next(iter(seeds.values()))["header"]["accounting"] for seeds in runs.values()]
+    for key in ("P_tot", "P_act"):
+        values = [count[key] for count in counts]
+        assert max(values) <= 1.005 * min(values), f"{key} differs between arms: {values}"
+    ends = [verdict(gaps(runs, "0.75", end)) for end in ("1", "0")]
+    inside = all(end.endswith("lower") for end in ends)
+    return (f"rho 0.75 minus rho 1: {ends[0]}; minus rho 0: {ends[1]}: "
+            f"{'a' if inside else 'no'} minimum inside is shown")
+
+
+def say_memory(kind, runs):
+    """Slope of the loss against log2(rows), a line for each seed by least squares."""
+    slopes = []
+    for seed in next(iter(runs.values())):
+        xy = [(height(r[seed]["header"]), last(r[seed])) for r in runs.values() if seed in r]
+        if len(xy) > 2:
+            slopes.append(slope(*zip(*xy)))
+    return f"loss per doubling of the rows: {verdict(slopes)}"
+
+
+def slope(rows, losses):
+    """Of the least-squares line through (log2 rows, loss)."""
+    import numpy as np
+    return float(np.polyfit(np.log2(rows), losses, 1)[0])
+
+
+def say_jump(kind, runs):
+    """How many tokens until copyable tokens cost 1 nat less than at the first evaluation."""
+    def jumped(run):
+        at = crossing(run["records"], run["records"][0]["copy3_loss"] - 1, "copy3_loss")
+        return at and at[0] / 1e6
+    ends = {arm: {seed: jumped(run) for seed, run in runs[arm].items()} for arm in runs}
+    both = [ends["engram"][s] - ends["moe"][s] for s in ends["moe"]
+            if ends["engram"].get(s) and ends["moe"][s]]
+    done = {arm: [f"{at:.1f}" if at else "never" for at in seeds.values()]
+            for arm, seeds in ends.items()}
+    return (f"a nat gained after, in M tokens: Engram {', '.join(done['engram'])}; twin "
+            f"{', '.join(done['moe'])}; difference {verdict(both)}")
+
+
+# ---- pictures -----------------------------------------------------------------------------------
+
+COLOURS = ("tab:blue", "tab:orange", "black", "tab:green")
+
+
+def draw_curves(axes, kind, runs):
+    """Validation loss against tokens: every seed thin, the mean bold."""
+    key = kind["curve"]
+    for (arm, seeds), colour, style in zip(runs.items(), COLOURS, ("-", "--", ":", "-.")):
+        curves = [[record[key] for record in run["records"]] for run in seeds.values()]
+        x = [record["tokens"] / 1e6 for record in next(iter(seeds.values()))["records"]]
+        for curve in curves:
             axes.plot(x, curve, style, color=colour, lw=0.6, alpha=0.5)
-        means[arm] = [statistics.mean(losses) for losses in zip(*curves)]
-        axes.plot(x, means[arm], style, color=colour, lw=1.5 if arm == "token" else 2.5,
-                  label=ARMS[arm][2])
-    if len(shares) == len(runs["moe"]):
-        share, y = statistics.mean(s[0] for s in shares), means["moe"][-1]
-        axes.annotate("", (share * x[-1], y), (x[-1], y), arrowprops=dict(arrowstyle="->", lw=1.5))
-        axes.text(share * x[-1] - 0.03, y - 0.05, f"same loss at {share:.0%}\nof the tokens",
-                  ha="right", va="top")
-    n = len(runs["engram"])
-    axes.set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)",
-             title=f"Python source, 2M parameters, equal compute: {n} seeds thin, mean bold",
-             ylim=(min(means["engram"]) - 0.15, means["moe"][1]))
+        axes.plot(x, [statistics.mean(losses) for losses in zip(*curves)], style, color=colour,
+                  lw=2.5, label=f"{kind['arms'][arm][1]} (n={len(seeds)})")
+    what = {"val_loss": "validation loss", "copy3_loss": "loss on tokens whose 3-gram is new in "
+            "training\nbut repeats in the context"}[key]
+    axes.set(xlabel="training tokens (millions)", ylabel=f"{what} (nats per token)")
     axes.legend()
-    figure.savefig(picture, dpi=110)
+
+
+def draw_arms(axes, kind, runs):
+    """Loss minus the reference's of the same seed: every seed a dot, the mean with its interval;
+    along x if the sweep has one, else a row an arm."""
+    (name, of), arms = kind.get("x", ("", None)), [arm for arm in runs if arm != kind["reference"]]
+    for i, arm in enumerate(runs if of else arms):
+        values = gaps(runs, arm, kind["reference"])
+        at = of(next(iter(runs[arm].values()))["header"]) if of else -i
+        mean, half = interval(values) if len(values) > 1 else (statistics.mean(values), 0)
+        dots, bar = ([at] * len(values), values), (at, mean)
+        if not of:
+            dots, bar = dots[::-1], bar[::-1]
+        axes.plot(*dots, "o", color="tab:orange", ms=4, zorder=3)
+        axes.errorbar(*bar, **{"yerr" if of else "xerr": half}, fmt="s", color="tab:blue", ms=6,
+                      mfc="none", capsize=4)
+    lost = f"loss minus that of {kind['arms'][kind['reference']][1]}\n(nats per token, same seed)"
+    if of:
+        axes.set(xlabel=name, ylabel=lost, **{"xscale": "log"} if of is height else {})
+        axes.axhline(0, color="black", lw=0.6)
+    else:
+        axes.set(xlabel=lost, yticks=range(0, -len(arms), -1))
+        axes.set_yticklabels([f"{kind['arms'][arm][1]} (n={len(runs[arm])})" for arm in arms])
+        axes.axvline(0, color="black", lw=0.6)
+
+
+def report(path, kind):
+    """Draw the figure beside path -> the lines of the Markdown table, and the finding."""
+    from matplotlib.figure import Figure
+    import textwrap
+    saved = read(path)["runs"]
+    runs = {arm: {r["seed"]: r for r in saved if r["arm"] == arm} for arm in kind["arms"]}
+    runs = {arm: dict(sorted(seeds.items())) for arm, seeds in runs.items() if seeds}
+    if kind["reference"] not in runs or len(runs) < 2:
+        fail(f"{path} has no finished pair of {kind['reference']} and another arm yet")
+    finding = kind["say"](kind, runs)
+    figure = Figure(figsize=(7.5, 4.5), layout="tight")
+    axes = figure.subplots()
+    (draw_curves if "curve" in kind else draw_arms)(axes, kind, runs)
+    axes.set_title("\n".join(textwrap.wrap(finding, 85)), fontsize=9)
+    figure.savefig(path.with_suffix(".png"), dpi=110)
+    return [*table(kind, runs), "", finding]
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=("twins",), help="twins: the fair result")
-    parser.add_argument("--plot", action="store_true", help="train nothing")
-    parser.add_argument("--results", default="results", help="where logs, table and figure go "
-                        "(default: %(default)s)")
+    add = parser.add_argument
+    add("name", help=", ".join(sweeps(None)))
+    add("--seeds", type=int, help="per arm, from 11 on (default: 3, of rates 1)")
+    add("--arms", nargs="+", help="train these alone, and the reference (default: all)")
+    add("--steps", type=int, help="per run (default: the sweep's own)")
+    add("--dataset", default="python", help="prepared if need be (default: %(default)s)")
+    add("--results", default="results", help="where NAME.json and NAME.png go (default: %(default)s)")
+    add("--plot", action="store_true", help="train nothing")
     args = parser.parse_args(argv)
-    folder = Path(args.results) / args.name
+    kinds = sweeps(args.steps)
+    if args.name not in kinds:
+        fail(f"there is no sweep {args.name}: choose from {', '.join(kinds)}")
+    for name, low, high in (("seeds", 1, 64), ("steps", 8, 1e9)):
+        if getattr(args, name) is not None and not low <= getattr(args, name) <= high:
+            fail(f"--{name} {getattr(args, name)}: must be from {low} to {high:g}")
+    kind, folder = kinds[args.name], Path(args.results)
+    path = folder / f"{args.name}.json"
     if not args.plot:
-        run_twins(folder)
-    lines = twins(folder, f"{folder}.png")
-    Path(f"{folder}.md").write_text("\n".join(lines) + "\n")
-    print(*lines, f"picture: {folder}.png", sep="\n")
+        with lock(folder):
+            run_all(path, args.name, kind, args)
+    lines = report(path, kind)
+    print(*lines, f"picture: {path.with_suffix('.png')}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ class Config:
                      ("resident", "host", "disk"))
     compile: bool = opt(False, "torch.compile; compiling comes first, so not for short runs")
     seed: int = opt(0, "of the initial weights and the data order")
+    train_tokens: int = opt(0, "train on so many tokens alone, again and again; 0: all, one pass")
     steps: int = opt(1200, "optimiser steps, capped at one pass over the data")
     tokens_per_step: int = opt(2048, "tokens per optimiser step")
     batch_size: int = opt(8, "sequences per micro-batch; the rest of a step is accumulated")
@@ -112,7 +113,7 @@ def parse(argv):
 def check(cfg, shape):
     for names, low, high in (("steps tokens_per_step batch_size eval_every eval_tokens", 1, 1e12),
                              ("lr table_lr grad_clip", 1e-12, 1e12), ("warmup min_lr", 0, 1),
-                             ("seed weight_decay balance_step balance_loss", 0, 1e12)):
+                             ("seed weight_decay balance_step balance_loss train_tokens", 0, 1e12)):
         for name in names.split():
             if not low <= getattr(cfg, name) <= high:
                 raise ValueError(f"{name} {getattr(cfg, name)}: must be from {low} to {high}")
@@ -162,7 +163,8 @@ def describe(name, model, cfg, data):
     return {"command": shlex.join(["train.py", *sys.argv[1:]]), "model": name,
             "config": asdict(cfg), "shape": asdict(model.cfg), "accounting": model.accounting(),
             "parameters_by_kind": model.parameters_by_kind(), "data": {**known, "note": data.note},
-            "copyable_tokens": int(data.copyable.sum()), "commit": commit(),
+            "copyable_tokens": int(data.copyable.sum()),
+            "copyable3_tokens": int(data.copyable3.sum()), "commit": commit(),
             "python": platform.python_version(), "torch": str(torch.__version__),
             "device": device_name(cfg.device), "threads": torch.get_num_threads()}
 
@@ -285,7 +287,8 @@ def peak_bytes(device):
 
 def device_name(device):
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else \
-        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+        f"{platform.processor() or platform.machine()} with " \
+        f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
 
 
 def main(argv=None):
