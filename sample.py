@@ -17,6 +17,7 @@ import codecs
 import json
 import math
 import os
+import statistics
 import sys
 import time
 import zipfile
@@ -177,13 +178,9 @@ def shaded(spans, low, high, colour):
     return "".join(out)
 
 
-def draw(spans, low, high, title, path, columns=90, size=9):
-    """The same as a picture: a grid of characters, each token on its background."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-    columns = max(len(title), min(columns, max(len(t) for t in
-                                               "".join(t for t, _ in spans).split("\n")) + 1))
-    cells, row, column = [], 2, 0
+def grid(spans, columns, row=0):
+    """-> [(row, column, character, value)] of the text, in lines of at most columns."""
+    cells, column = [], 0
     for text, value in spans:
         for c in text.replace("\t", "    ").replace("\n", "↵\n"):
             if c == "\n" or column == columns:
@@ -191,16 +188,31 @@ def draw(spans, low, high, title, path, columns=90, size=9):
             if c != "\n":
                 cells.append((row, column, c, value))
                 column += 1
-    # a character of the monospaced font is 0.602 of its size wide; lines are 1.5 apart
-    figure = Figure(figsize=((columns + 2) * 0.602 * size / 72, (row + 1.5) * 1.5 * size / 72))
-    axes = figure.add_axes([0, 0, 1, 1], xlim=(-1, columns + 1), ylim=(row + 1.5, 0))
+    return cells
+
+
+def paint(axes, cells, low, high, size):
+    """Each character on its background, in axes whose units are columns and rows."""
+    from matplotlib.patches import Rectangle
     axes.axis("off")
-    write = dict(family="monospace", fontsize=size, va="center", parse_math=False)
-    axes.text(0, 0.8, title, **write)
     for row, column, c, value in cells:
         face = [v / 255 for v in tint((value - low) / (high - low))]
         axes.add_patch(Rectangle((column, row - 0.5), 1, 1, facecolor=face, linewidth=0))
-        axes.text(column, row, c, **write)
+        axes.text(column, row, c, family="monospace", fontsize=size, va="center", parse_math=False)
+
+
+def draw(spans, low, high, title, path, columns=90, size=9):
+    """The same as a picture: a grid of characters, each token on its background."""
+    from matplotlib.figure import Figure
+    columns = max(len(title), min(columns, max(len(t) for t in
+                                               "".join(t for t, _ in spans).split("\n")) + 1))
+    cells = grid(spans, columns, 2)
+    # a character of the monospaced font is 0.602 of its size wide; lines are 1.5 apart
+    rows = cells[-1][0] + 1.5
+    figure = Figure(figsize=((columns + 2) * 0.602 * size / 72, rows * 1.5 * size / 72))
+    axes = figure.add_axes([0, 0, 1, 1], xlim=(-1, columns + 1), ylim=(rows, 0))
+    axes.text(0, 0.8, title, family="monospace", fontsize=size, va="center", parse_math=False)
+    paint(axes, cells, low, high, size)
     try:
         figure.savefig(path, dpi=150, format="png")
     except OSError as error:
@@ -281,6 +293,19 @@ def report(models, data, batch_size, autocast):
         lines += ["", f"Its first 12 tokens continued, memory {'on' if memory else 'off'}:",
                   enc.decode(ids[1:]) + text]
     return lines
+
+
+# 97.5th percentile of Student's t by degrees of freedom
+T = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201,
+                    2.179, 2.160, 2.145, 2.131), 1))
+
+
+def interval(values):
+    """-> mean of the values and half the width of its 95 % interval (t); of one value, nan."""
+    if len(values) < 2:
+        return values[0], math.nan
+    degrees = min(len(values) - 1, max(T))                      # beyond the table: a little wide
+    return statistics.mean(values), T[degrees] * statistics.stdev(values) / len(values) ** 0.5
 
 
 # ---- the twins, from their logs alone -----------------------------------------------------------

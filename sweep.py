@@ -20,7 +20,7 @@ import subprocess
 import sys
 
 from prepare_data import Data, Offline, fail, load, lock, prepare, script, write_whole
-from sample import crossing, load_checkpoint, read_log, token_losses
+from sample import crossing, interval, load_checkpoint, read_log, token_losses
 
 HERE = Path(__file__).resolve().parent
 TUNING_SEED, FIRST_SEED = 10, 11        # the first is for rates and trials, and for nothing else
@@ -31,13 +31,14 @@ SMALL = ("--preset laptop --dtype float32 --data_dir data/v1024 --n_embd 64 --n_
          "--batch_size 4 --eval_tokens 32768")
 ENGRAM, MOE = "--model engram --rho 0.75", "--model moe"
 BOTH = {"engram": (ENGRAM, "Engram"), "moe": (MOE, "MoE-only twin")}
+ROWS = [2 ** k for k in (12, 14, 16, 18, 20)]
 OFF = {"off": ("off " + ENGRAM, "memory off, same weights")}
 
 
 def sweeps(steps):
     """-> {name: what it is}: arms {name: (flags, title)}, all compared with the arm reference; x:
     the abscissa, from a run's header. steps: None, or instead of each sweep's own."""
-    small, rows = dict(base=SMALL, steps=1500), [2 ** k for k in (12, 14, 16, 18, 20)]
+    small = dict(base=SMALL, steps=1500)
     rates = dict(reference="moe 0.004", say=say_best, first=TUNING_SEED, seeds=1, arms={
         f"{model} {lr}": (f"{flags} --lr {lr}", f"{title}, rate {lr}")
         for model, (flags, title) in BOTH.items() for lr in ("0.002", "0.004", "0.008")})
@@ -66,9 +67,9 @@ def sweeps(steps):
             "shuffled": ("shuffled " + ENGRAM, "rows shuffled at inference"), **OFF}),
         "jump": dict(small, steps=8000, evaluations=40, reference="moe", say=say_jump,
                      curve="copy3_loss", arms=BOTH),
-        "memory": dict(small, reference=f"{rows[0]}", say=say_memory, x=("rows per head", height),
+        "memory": dict(small, reference=f"{ROWS[0]}", say=say_memory, x=("rows per head", height),
                        arms={f"{n}": (f"{ENGRAM} --engram_rows {n}", f"{n:,} rows per head")
-                             for n in rows}),
+                             for n in ROWS}),
         "parts": dict(small, reference="engram", say=say_arms, arms={
             "engram": BOTH["engram"],
             "conv": (f"{ENGRAM} --engram_conv_kernel 0", "no convolution"),
@@ -245,17 +246,6 @@ def read(path):
 
 # ---- statistics ---------------------------------------------------------------------------------
 
-# 97.5th percentile of Student's t by degrees of freedom
-T = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201,
-                    2.179, 2.160, 2.145, 2.131), 1))
-
-
-def interval(values):
-    """-> mean of the values and half the width of its 95 % interval (t)."""
-    degrees = min(len(values) - 1, max(T))                      # beyond the table: a little wide
-    return statistics.mean(values), T[degrees] * statistics.stdev(values) / len(values) ** 0.5
-
-
 def last(run, key="val_loss"):
     return run["records"][-1][key]
 
@@ -392,7 +382,7 @@ def draw_arms(axes, kind, runs):
     for i, arm in enumerate(runs if of else arms):
         values = gaps(runs, arm, kind["reference"])
         at = of(next(iter(runs[arm].values()))["header"]) if of else -i
-        mean, half = interval(values) if len(values) > 1 else (statistics.mean(values), 0)
+        mean, half = interval(values)
         dots, bar = ([at] * len(values), values), (at, mean)
         if not of:
             dots, bar = dots[::-1], bar[::-1]

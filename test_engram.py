@@ -9,8 +9,10 @@ test_vectors.npz holds inputs, weights and outputs of the official demo (engram_
 configurations, with the canonical ids of the inputs, so that GPT-2's tokenizer is not needed.
 """
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 import gc
 import hashlib
 import http.server
@@ -34,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+import analyze
 import bench_offload
 import engram as engram_module
 import prepare_data
@@ -974,14 +977,18 @@ def test_copyable_tokens(corpus):
     """Counts of n-grams, and with them the loss that shows in-context copying, on wrong tokens."""
     cfg, shape = train_script.parse([*corpus, *TINY])
     data = prepare_data.Data(cfg, shape.block_size)
-    data.count(2)
-    x, y = data.val_x.tolist(), data.val_y.tolist()
-    tx, ty = (t.flatten().tolist() for t in data.sequences(data.train, data.order[:2] * data.T))
-    trained = Counter(zip(tx, ty))
-    slow = [[trained[a, b] == 0 and (a, b) in list(zip(xs, ys))[:t]
-             for t, (a, b) in enumerate(zip(xs, ys))] for xs, ys in zip(x, y)]
-    assert data.copyable.tolist() == slow and data.copyable.any()
-    assert data.seen.tolist() == [[trained[pair] for pair in zip(*xy)] for xy in zip(x, y)]
+    whole = lambda x, y: [[*xs, ys[-1]] for xs, ys in zip(x.tolist(), y.tolist())]
+    trained = whole(*data.sequences(data.train, data.order[:2] * data.T))
+    for order in (2, 3):
+        grams = lambda row: [tuple(row[i:i + order]) for i in range(len(row) + 1 - order)]
+        times = Counter(gram for row in trained for gram in grams(row))
+        seen, copyable = data.count(2, order)
+        none = [-1] * (order - 2)
+        slow = [grams(row) for row in whole(data.val_x, data.val_y)]
+        assert seen.tolist() == [none + [times[gram] for gram in row] for row in slow]
+        assert copyable.any() and copyable.tolist() == [
+            [False for _ in none] + [times[g] == 0 and g in row[:t] for t, g in enumerate(row)]
+            for row in slow]
 
 
 def test_crossing():
@@ -1612,59 +1619,325 @@ def test_hit_rate_of_a_cache(corpus, tmp_path, capsys):
     assert refused(capsys, bench_offload.main, "--zipf", "nothing", "--data_dir", tmp_path)
 
 
-# ---- the fair result ----------------------------------------------------------------------------
+# ---- sweeps -------------------------------------------------------------------------------------
 
 def test_interval():
-    """A normal quantile in place of t, or n in place of n - 1."""
-    mean, half = sweep.interval([1.0, 2.0, 4.0])
+    """A normal quantile in place of t, or n in place of n - 1; an interval from one value."""
+    mean, half = sample_script.interval([1.0, 2.0, 4.0])
     assert mean == pytest.approx(7 / 3) and half == pytest.approx(4.303 * 1.527525 / 3 ** 0.5)
+    assert sample_script.interval([5.0])[0] == 5 and math.isnan(sample_script.interval([5.0])[1])
+    assert sample_script.interval(list(range(30)))[1] == pytest.approx(2.131 * 77.5 ** 0.5
+                                                                       / 30 ** 0.5)
+
+
+def ending(*losses, **header):
+    """{seed: a run that ends at this loss}, seeds from 1 on."""
+    return {seed: {"header": header, "records": [{"val_loss": 9, "tokens": 1, "seconds": 1},
+                                                 {"val_loss": loss, "tokens": 3, "seconds": 3}]}
+            for seed, loss in enumerate(losses, 1)}
 
 
 def test_pairs_are_of_one_seed():
     """Means of different seeds subtracted: the spread between seeds is then in the interval."""
-    ends = {"a": [(1, 3.0), (2, 5.0), (3, 9.0)], "b": [(3, 8.5), (1, 2.0)]}
-    runs = {arm: {seed: (None, [{"val_loss": 0}, {"val_loss": loss}]) for seed, loss in losses}
-            for arm, losses in ends.items()}
-    mean, half, n = sweep.paired(runs, "a", "b")
-    assert (mean, n) == (0.75, 2) and half == pytest.approx(12.706 * 0.25)
-    assert sweep.paired({**runs, "b": {1: runs["b"][1]}}, "a", "b") is None
+    runs = {"a": ending(3.0, 5.0, 9.0), "b": dict(reversed(ending(2.0, 0.0, 8.5).items()))}
+    del runs["b"][2]
+    assert sweep.gaps(runs, "a", "b") == [1.0, 0.5] and sweep.gaps(runs, "a", "c") == []
+    assert sweep.verdict([1.0, 0.5]) == "+0.750 ± 3.176, undecided"
+    assert sweep.verdict([0.75, 0.76, 0.74]) == "+0.750 ± 0.025, higher"
+    assert sweep.verdict([-1.0, -1.1]).endswith("lower") and sweep.verdict([0.5]) == "+0.500, n=1"
 
 
-def test_a_sweep_runs_what_is_missing(corpus, tmp_path, monkeypatch, capsys):
-    """A finished run trained again, an unfinished one taken for a result."""
+def test_what_a_sweep_says():
+    """A minimum inside that one end does not support, a slope in the wrong logarithm, a jump dated
+    to the evaluation after it."""
+    count = dict(accounting={"P_tot": 1000, "P_act": 100})
+    ends = lambda zero: {"1": ending(4.0, 4.1, **count), "0.75": ending(3.0, 3.1, **count),
+                         "0": ending(*zero, **count)}
+    assert " a minimum inside" in sweep.say_allocation(None, ends((3.5, 3.601)))
+    assert " no minimum inside" in sweep.say_allocation(None, ends((3.0, 3.101)))
+    unequal = {**ends((3.5, 3.6)), "0": ending(1.0, accounting={"P_tot": 1006, "P_act": 100})}
+    with pytest.raises(AssertionError, match="P_tot differs"):
+        sweep.say_allocation(None, unequal)
+    x, y = [4, 64, 1024], [3.0, 2.5, 1.0]
+    mean = lambda v: sum(v) / len(v)
+    slow = sum((math.log2(a) - mean([2, 6, 10])) * (b - mean(y)) for a, b in zip(x, y)) / \
+        sum((k - 6) ** 2 for k in (2, 6, 10))
+    assert sweep.slope(x, y) == pytest.approx(slow)
+    curve = lambda *v: {1: {"records": [{"copy3_loss": c, "tokens": i * 1e6, "seconds": i}
+                                        for i, c in enumerate(v, 1)]}}
+    said = sweep.say_jump(None, {"engram": curve(7, 6.5, 5.5), "moe": curve(7, 6.8, 6.4, 5.6)})
+    assert "Engram 2.5" in said and "twin 3.5" in said and "-1.000, n=1" in said
+    said = sweep.say_jump(None, {"engram": curve(7, 6.9), "moe": curve(7, 6)})
+    assert "Engram never" in said and "difference -" in said
+
+
+def test_rho_reached():
+    """The share of experts on the abscissa, by another count than make_twins' own."""
+    for rho in (0, 0.3, 0.75):
+        shapes, lines = make_twins(GPTConfig(n_expert=20), rho)
+        for name, reached in (("engram", float(lines[2].split()[1])), ("moe", 1)):
+            with torch.device("meta"):
+                model = GPT(shapes[name], np.arange(4096))
+            header = {"shape": vars(model.cfg), "accounting": model.accounting(),
+                      "parameters_by_kind": model.parameters_by_kind()}
+            assert sweep.share(header) == pytest.approx(reached, abs=2e-3 if rho else 1e-9)
+
+
+@pytest.fixture
+def tiny_sweeps(corpus, tmp_path, monkeypatch):
+    """Every sweep at toy size, in an empty folder, without a new process a run."""
+    base = " ".join([*TINY, "--data_dir", corpus[3], "--n_expert", "12", "--n_layer",
+                     "4", "--shared_hidden", "256"])
+    for name in ("LAPTOP", "SMALL"):
+        monkeypatch.setattr(sweep, name, base)
+    monkeypatch.setattr(sweep, "ROWS", [8, 32, 128])
     monkeypatch.chdir(tmp_path)
-    flags = " ".join(["--model moe", *corpus, *TINY])
-    monkeypatch.setattr(sweep, "ARMS", {"moe": (flags, "moe", "twin")})
-    monkeypatch.setattr(sweep, "SAME", "--dtype float32")
-    sweep.run(Path("results"), "moe", 0.002, 5)
-    path = Path("results/moe_lr0.002_seed5.jsonl")
-    whole, when = path.read_text(), path.stat().st_mtime_ns
-    header, records = sweep.log_of(Path("results"), "moe", 0.002, 5)
-    assert (header["config"]["lr"], header["config"]["seed"], header["threads"]) == (0.002, 5, 1)
-    assert records[-1]["step"] == 12
-    sweep.run(Path("results"), "moe", 0.002, 5)
-    assert path.stat().st_mtime_ns == when
-    path.write_text("\n".join(whole.splitlines()[:-1]) + "\n")
-    assert sweep.log_of(Path("results"), "moe", 0.002, 5) is None
-    sweep.run(Path("results"), "moe", 0.002, 5)
-    assert path.read_text().splitlines()[1:] == whole.splitlines()[1:]     # from runs/
-    assert "run without --plot" in refused(capsys, sweep.main, "twins", "--plot")
+    commands = []
+
+    def here(command, **how):
+        commands.append([str(part) for part in command[2:]])
+        train_script.main(commands[-1])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(run=here))
+    monkeypatch.setattr(sweep, "ThreadPoolExecutor", lambda n: ThreadPoolExecutor(1))
+    return commands
 
 
-def test_unlike_runs_make_no_table(tmp_path, capsys):
-    """Runs of two machines or two corpora averaged."""
-    shutil.copytree(HERE / "results" / "twins", tmp_path / "twins")
-    path = sorted((tmp_path / "twins").glob("moe*"))[-1]
-    path.write_text(path.read_text().replace('"torch": "2', '"torch": "3'))
-    argv = ["twins", "--plot", "--results", tmp_path]
-    assert "are not alike" in refused(capsys, sweep.main, *argv)
-    path.write_text(path.read_text().splitlines()[0] + "\n")             # begun, no result yet
-    (tmp_path / "twins" / "engram_lr0.002_seed10.jsonl").unlink()
-    assert "no finished log of engram at the rates [0.002]" in refused(capsys, sweep.main, *argv)
-    shutil.copy(tmp_path / "twins" / "moe_lr0.002_seed10.jsonl",
-                tmp_path / "twins" / "engram_lr0.002_seed10.jsonl")
-    assert "log of another run" in refused(capsys, sweep.main, *argv)
+def swept(name, *argv):
+    sweep.main([name, "--dataset", "mine", "--steps", "8", *argv])
+    return json.loads(Path(f"results/{name}.json").read_text())
 
+
+def test_every_sweep_runs(tiny_sweeps, capsys):
+    """An arm whose flags train.py refuses, a run trained twice because two sweeps need it."""
+    names = list(sweep.sweeps(8))
+    for name in names:
+        saved = swept(name, "--seeds", "1")
+        arms = sweep.sweeps(8)[name]["arms"]
+        assert {run["arm"] for run in saved["runs"]} == set(arms), name
+        printed = capsys.readouterr().out
+        assert all(title in printed for _, title in arms.values())
+        assert Path(f"results/{name}.png").stat().st_size > 5000
+    assert len({str(command) for command in tiny_sweeps}) == len(tiny_sweeps)
+    table = json.loads(Path("results/controls.json").read_text())["runs"]
+    loss = {run["arm"]: run["records"][-1]["val_loss"] for run in table}
+    assert len(set(loss.values())) == len(loss)              # every arm is another experiment
+    rows = {run["arm"]: run["header"]["shape"]["engram"]["rows"] for run in table
+            if run["arm"] != "moe"}
+    assert set(rows["one row"]) == {1} and min(rows["engram"]) > 8
+
+
+def test_a_sweep_goes_on_where_it_was(tiny_sweeps, monkeypatch, capsys):
+    """A finished run trained again; one that was interrupted taken for a result, or begun anew; runs
+    of other settings in one file."""
+    assert len(swept("experts", "--seeds", "1")["runs"]) == len(tiny_sweeps) == 2
+    whole = swept("experts", "--seeds", "2", "--arms", "moe")
+    assert [(r["arm"], r["seed"]) for r in whole["runs"]] == [
+        ("half", 11), ("moe", 11), ("half", 12), ("moe", 12)] and len(tiny_sweeps) == 4
+    shutil.rmtree("runs")
+    assert swept("experts", "--seeds", "2") == whole and len(tiny_sweeps) == 4
+    Path("results/experts.json").unlink()
+    cut = []
+
+    def stopped(cfg, path=train_script.write_whole):         # Ctrl-C after the first checkpoint
+        def write(*args):
+            path(*args)
+            if str(args[0]).endswith("ckpt.pt") and not cut:
+                cut.append(args[0])
+                raise KeyboardInterrupt
+        return write
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_script, "write_whole", stopped(None))
+        with pytest.raises((SystemExit, KeyboardInterrupt)):
+            swept("experts", "--seeds", "1")
+    assert cut and not json.loads(Path("results/experts.json").read_text())["runs"]
+    again = swept("experts", "--seeds", "1")["runs"]
+    assert "--resume" in tiny_sweeps[-2] or "--resume" in tiny_sweeps[-1]
+    first = {run["arm"]: run["records"][-1]["val_loss"] for run in whole["runs"][:2]}
+    assert first == {run["arm"]: run["records"][-1]["val_loss"] for run in again}
+    argv = ["experts", "--dataset", "mine"]
+    assert "are not like these" in refused(capsys, sweep.main, *argv, "--steps", 16)
+    assert "another folder" in refused(capsys, sweep.main, *argv, "--steps", 16)
+    assert "no arm nothing" in refused(capsys, sweep.main, *argv, "--steps", 8, "--arms", "nothing")
+    assert "no sweep nothing" in refused(capsys, sweep.main, "nothing")
+    assert "there is no" in refused(capsys, sweep.main, "jump", "--plot")
+    Path("results/experts.json").write_text("{}")
+    assert "is damaged" in refused(capsys, sweep.main, "experts", "--plot")
+    assert "--seeds 0" in refused(capsys, sweep.main, "experts", "--seeds", 0)
+
+
+def test_rows_shuffled_within_their_head(trained):
+    """Rows that leave their head, a memory off that is on, a checkpoint that is changed."""
+    before = (trained / "engram" / "ckpt.pt").read_bytes()
+    losses = sweep.after(trained)
+    saved, model = load_checkpoint(trained / "engram" / "ckpt.pt")
+    data = prepare_data.Data(train_script.Config(**saved["header"]["config"]), 32)
+    loss = lambda **how: float(sample_script.token_losses(
+        model, data.val_x, data.val_y, 2, train_script.autocast(train_script.Config(
+            device="cpu", dtype="float32")), **how).double().mean())
+    assert losses["off"] == pytest.approx(loss(memory=False), abs=1e-6)
+    engram, generator = model.engrams()[0], torch.Generator().manual_seed(0)
+    starts = [*engram.offsets.flatten().tolist(), len(engram.table)]
+    parts = [engram.table[a:b] for a, b in zip(starts, starts[1:])]
+    engram.table = torch.cat([part[torch.randperm(len(part), generator=generator)]
+                              for part in parts])
+    assert losses["shuffled"] == pytest.approx(loss(), abs=1e-6)
+    assert len({round(v, 4) for v in (*losses.values(), saved["records"][-1]["val_loss"])}) == 3
+    assert (trained / "engram" / "ckpt.pt").read_bytes() == before
+
+
+def test_one_row_per_head():
+    """The control of capacity 1 that reads a second row."""
+    module = Engram(tiny_engram(rows=1, heads=3), 0, 8, n_canonical=30, pad=29)
+    rows = module.hash(torch.randint(0, 30, (4, 25)))
+    assert module.table.shape == (6, 4) and rows.flatten(0, 1).unique(dim=0).tolist() == [
+        list(range(6))]
+
+
+def test_repeated_data(corpus):
+    """Passes in one order, a pass with a sequence twice, other tokens than the first ones."""
+    argv = [*corpus, *TINY, "--train_tokens", "300", "--steps", "6"]
+    cfg, shape = train_script.parse(argv)
+    data = prepare_data.Data(cfg, shape.block_size)
+    assert len(data.train) == 300 and cfg.steps == 6
+    passes = data.order[:27].reshape(3, 9)
+    assert all(sorted(one) == list(range(9)) for one in passes.tolist())
+    assert len({tuple(one) for one in passes.tolist()}) == 3 and len(data.order) >= 24
+
+
+# ---- analyses -----------------------------------------------------------------------------------
+
+def test_by_bucket():
+    """A border on the wrong side, positions without an n-gram counted as never seen."""
+    by, values = np.array([[-1, 0, 9, 10], [99, 100, 1000, 0]]), np.arange(8.0).reshape(2, 4)
+    assert analyze.by_bucket(by, values) == {
+        "never": 4.0, "1-9": 2.0, "10-99": 3.5, "100-999": 5.0, "1,000 or more": 6.0}
+
+
+def test_addresses_are_ngrams():
+    """An n-gram that looks ahead, or across the start of a sequence."""
+    ids = np.random.default_rng(0).integers(0, 7, (3, 9))
+    for order in (1, 2, 3):
+        for row, got in zip(ids.tolist(), analyze.addresses(ids, order, 7, 6).tolist()):
+            padded = [6] * (order - 1) + row
+            for t, number in enumerate(got):
+                digits = [number // 7 ** k % 7 for k in reversed(range(order))]
+                assert digits == padded[t:t + order]
+
+
+def test_rows_and_counts_of_what_was_trained(trained):
+    """Rows of another head or order, n-grams of tokens that this run never reached."""
+    pair = analyze.load_pair(trained, twin=False)
+    engram, canonical = pair.engram.engrams()[0], pair.engram.canonical.numpy()
+    base = int(canonical.max()) + 1
+    starts = pair.data.order[:12 * 128 // 32] * 32
+    for i, order in enumerate((2, 3)):
+        grams, counts = analyze.trained(pair, order)
+        slow = Counter()
+        for s in starts:
+            ids = [int(canonical[-1])] * (order - 1) + canonical[pair.data.train[s:s + 32]].tolist()
+            slow.update(tuple(ids[t:t + order]) for t in range(32))
+        number = lambda ids: sum(x * base ** k for k, x in enumerate(reversed(ids)))
+        assert dict(zip(grams.tolist(), counts.tolist())) == {number(k): n for k, n in slow.items()}
+        rows = analyze.rows_of(engram, grams, order, base)
+        for ids in list(slow)[:40]:
+            mine = rows[np.searchsorted(grams, number(ids))]
+            theirs = engram.hash(torch.tensor([[0, *ids]]))[0, -1, 2 * i:2 * i + 2]
+            assert mine.tolist() == (theirs - engram.offsets[i]).tolist()
+        found = analyze.look_up(grams, counts, np.array([grams[0], grams[-1] + 1, grams[3]]))
+        assert found.tolist() == [counts[0], 0, counts[3]]
+
+
+def test_who_shares_rows():
+    """A share of all rows for one of those used; a read counted once for an n-gram; a row's own
+    share by n-grams, not by reads."""
+    rng = np.random.default_rng(0)
+    rows, counts = rng.integers(0, 40, (30, 3)), rng.integers(1, 9, 30)
+    held = [Counter(column) for column in rows.T.tolist()]
+    several = [sum(n > 1 for n in h.values()) / len(h) for h in held]
+    company = [[held[k][r] > 1 for k, r in enumerate(row)] for row in rows.tolist()]
+    reads = sum(c * sum(row) for c, row in zip(counts, company)) / counts.sum() / 3
+    assert analyze.shared(rows, counts) == pytest.approx({
+        "rows": sum(several) / 3, "reads": reads, "all heads": np.mean([all(r) for r in company])})
+    own = [np.mean([c / sum(d for d, s in zip(counts, rows) if s[k] == row[k]) for k in range(3)])
+           for c, row in zip(counts, rows)]
+    assert analyze.own_share(None, counts, rows) == pytest.approx(own)
+
+
+def test_what_an_ngram_explains():
+    """Groups of one that explain themselves, means of the wrong group."""
+    rng = np.random.default_rng(0)
+    groups, noise = rng.integers(0, 50, 400), rng.normal(size=400)
+    a, b = noise + groups, rng.normal(size=400) - noise + 3 * groups
+    mean = {g: a[groups == g].mean() for g in groups}
+    assert analyze.centred(groups, a) == pytest.approx([v - mean[g] for g, v in zip(groups, a)])
+    assert abs(analyze.explained(groups, noise)) < 0.15 and analyze.explained(groups, a) > 0.99
+    assert abs(analyze.explained(np.arange(400) // 2, noise)) < 0.3         # 200 groups of two
+    gate = rng.normal(size=40)
+    differ = [(0, 0, 0, [np.arange(0, 20), np.arange(20, 40)])]
+    gate[20:] += 5
+    told = analyze.two_writings(gate, differ)
+    assert told["p"] < 0.01 and told["difference"] == pytest.approx(
+        abs(gate[:20].mean() - gate[20:].mean()))
+    gate[20:] -= 5
+    assert analyze.two_writings(gate, differ)["p"] > 0.01
+
+
+def test_lens_is_the_divergence_by_hand(trained):
+    """KL the wrong way round, a block read before its memory, a final norm left out."""
+    pair = analyze.load_pair(trained)
+    model, x = pair.engram, torch.from_numpy(pair.data.val_x)
+    with torch.no_grad():
+        final, h = model(x)[0].log_softmax(-1), model.embed(x)
+        rope, slow = (model.cos[:32], model.sin[:32]), []
+        reads = iter(model.read(x))
+        for block in model.blocks:
+            h = block(h, rope, next(reads) if block.engram else None)[0]
+            layer = (model.norm(h) @ model.embed.weight.T).log_softmax(-1)
+            slow.append(float((final.exp() * (final - layer)).sum(-1).mean()))
+    assert analyze.lens(pair, model) == pytest.approx(slow, abs=1e-5) and slow[0] > 1e-3
+
+
+@pytest.mark.parametrize("name", ["knockout", "gates", "collisions", "logitlens"])
+def test_every_analysis_runs(trained, corpus, tmp_path, capsys, name):
+    """From two pairs of checkpoints to JSON and picture; two seeds taken for one, or one for two."""
+    run(*corpus, *TINY, "--seed", 1, "--out_dir", tmp_path / "b")
+    capsys.readouterr()
+    analyze.main([name, "--out_dir", str(trained), str(tmp_path / "b"), "--results",
+                  str(tmp_path)])
+    found = json.loads((tmp_path / f"{name}.json").read_text())
+    assert found["finding"] in capsys.readouterr().out and found["seeds"] == [0, 1]
+    assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    if name == "knockout":
+        records = [log(out, model)[-1]["val_loss"] for out in (trained, tmp_path / "b")
+                   for model in ("moe", "engram")]
+        assert found["moe - engram"]["values"][1] == pytest.approx(records[2] - records[3], 1e-3)
+        tokens = found["2-grams"]["tokens"]
+        assert sum(v["values"][0] for v in tokens.values()) == 256
+    argv = [name, "--results", tmp_path, "--out_dir", trained]
+    assert "of one seed" in refused(capsys, analyze.main, *argv, trained)
+    assert "no checkpoint" in refused(capsys, analyze.main, *argv, tmp_path / "none")
+
+
+def test_checkpoints_that_are_no_twins(trained, corpus, tmp_path, capsys):
+    """Two models of different tokenizers or lengths laid side by side; data prepared anew since."""
+    assert "no analysis nothing" in refused(capsys, analyze.main, "nothing")
+    shutil.copytree(trained, tmp_path / "out")
+    path, argv = tmp_path / "out" / "moe" / "ckpt.pt", ["knockout", "--out_dir", tmp_path / "out"]
+    saved = load_checkpoint(path)[0]
+    torch.save({**saved, "tokenizer": {**saved["tokenizer"], "sha256": "0"}}, path)
+    assert "different tokenizers" in refused(capsys, analyze.main, *argv)
+    torch.save({**saved, "step": 8}, path)
+    assert "different numbers of steps" in refused(capsys, analyze.main, *argv)
+    path = tmp_path / "out" / "engram" / "ckpt.pt"
+    saved = load_checkpoint(path)[0]
+    torch.save({**saved, "run": {**saved["run"], "val": "0"}}, path)
+    assert "is not what" in refused(capsys, analyze.main, "gates", *argv[1:])
+
+
+# ---- what stands in the README ------------------------------------------------------------------
 
 def test_what_is_called_a_twin(trained, tmp_path):
     """An old run of another shape in the same out_dir, compared as if it were the twin."""
@@ -1681,12 +1954,16 @@ def test_what_is_called_a_twin(trained, tmp_path):
 
 
 def test_the_readme_is_the_result(tmp_path):
-    """A table in the README that no log supports."""
-    lines = sweep.twins(HERE / "results" / "twins", tmp_path / "twins.png")
-    readme = (HERE / "README.md").read_text()
-    lines += sample_script.compare(HERE / "results" / "seed0")
-    missing = [line for line in lines if line not in readme]
-    assert not missing and (tmp_path / "twins.png").stat().st_size > 10_000
+    """A table in the README that no run supports, a picture that its runs do not make."""
+    readme, kinds = (HERE / "README.md").read_text(), sweep.sweeps(None)
+    lines = sample_script.compare(HERE / "results" / "seed0")
+    for path in sorted((HERE / "results").glob("*.json")):
+        if path.stem in kinds:
+            shutil.copy(path, tmp_path)
+            lines += sweep.report(tmp_path / path.name, kinds[path.stem])
+        else:
+            lines.append(json.loads(path.read_text())["finding"])
+    assert not [line for line in lines if line not in readme]
 
 
 def test_the_readme_is_the_bench():
