@@ -31,7 +31,10 @@ SMALL = ("--preset laptop --dtype float32 --data_dir data/v1024 --n_embd 64 --n_
          "--batch_size 4 --eval_tokens 32768")
 ENGRAM, MOE = "--model engram --rho 0.75", "--model moe"
 BOTH = {"engram": (ENGRAM, "Engram"), "moe": (MOE, "MoE-only twin")}
-ROWS = [2 ** k for k in (12, 14, 16, 18, 20)]
+ROWS = [2 ** k for k in (12, 14, 17, 20)]
+# Routers of dropped experts are active parameters too: the shared expert's width at each rho pays
+# for them, so that P_act is that of rho 1 (asserted, see say_allocation).
+SHARED = {"0.9": 63, "0.75": 64, "0.5": 66, "0.25": 69, "0": 72}
 OFF = {"off": ("off " + ENGRAM, "memory off, same weights")}
 
 
@@ -56,8 +59,8 @@ def sweeps(steps):
             "half": (f"{MOE} --n_expert 16", "16 experts"), "moe": (MOE, "32 experts")}),
         "allocation": dict(small, reference="1", say=say_allocation, x=("rho", share), arms={
             "1": (MOE, "rho 1, MoE-only twin"),
-            **{rho: (f"--model engram --rho {rho}", f"rho {rho}")
-               for rho in ("0.9", "0.75", "0.5", "0.25", "0")}}),
+            **{rho: (f"--model engram --rho {rho}" + f" --shared_hidden {wide}" * (wide != 64),
+                     f"rho {rho}") for rho, wide in SHARED.items()}}),
         "controls": dict(small, reference="engram", say=say_arms, arms={
             **BOTH, "one row": (f"{ENGRAM} --engram_rows 1", "one row per head (capacity 1)"),
             "token": (f"{ENGRAM} --engram_orders 1 --engram_heads 8", "current token alone"),

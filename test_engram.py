@@ -1691,6 +1691,7 @@ def tiny_sweeps(corpus, tmp_path, monkeypatch):
     for name in ("LAPTOP", "SMALL"):
         monkeypatch.setattr(sweep, name, base)
     monkeypatch.setattr(sweep, "ROWS", [8, 32, 128])
+    monkeypatch.setattr(sweep, "SHARED", {"0.9": 256, "0.75": 64, "0.5": 257, "0.25": 258, "0": 259})
     monkeypatch.chdir(tmp_path)
     commands = []
 
