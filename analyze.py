@@ -22,8 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from engram import Engram, EngramConfig, canonical_ids
-from model import GPTConfig
+from engram import Engram, EngramConfig
 from prepare_data import Data, encoding, fail, script, write_whole
 from sample import (BUCKETS, grid, has_colours, interval, load_checkpoint, paint, shaded, spans_of,
                     token_losses, watch)
@@ -33,11 +32,12 @@ BLUE, ORANGE = "tab:blue", "tab:orange"          # dark and light in greyscale; 
 
 
 def load_pair(out_dir, twin=True):
-    """-> one pair of twins: .engram, .moe (models), .data (prepare_data.Data), .cfg, .ids."""
-    header = lambda saved: saved["header"]
+    """-> one pair of twins: .engram, .moe (models), .data (prepare_data.Data), .cfg (train.Config),
+    .header (of Engram's log), .sequences (that training read)."""
     engram, model = load_checkpoint(Path(out_dir) / "engram" / "ckpt.pt")
-    pair = SimpleNamespace(engram=model, cfg=Config(**header(engram)["config"]), out_dir=out_dir)
-    pair.cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
+    header, device = engram["header"], "cuda" if torch.cuda.is_available() else "cpu"
+    pair = SimpleNamespace(engram=model, header=header, cfg=Config(**header["config"]))
+    pair.cfg.device = device
     if twin:
         moe, pair.moe = load_checkpoint(Path(out_dir) / "moe" / "ckpt.pt")
         for what, of in (("tokenizers", lambda s: s["tokenizer"]["sha256"]),
@@ -47,8 +47,8 @@ def load_pair(out_dir, twin=True):
             if of(engram) != of(moe):
                 fail(f"{out_dir}: no twins, they are of different {what} ({of(engram)} and "
                      f"{of(moe)}): train both with one command, python train.py")
-        pair.moe.to(pair.cfg.device).eval()
-    pair.engram.to(pair.cfg.device).eval()
+        pair.moe.to(device).eval()
+    pair.engram.to(device).eval()
     pair.data = Data(pair.cfg, model.cfg.block_size)
     for split in ("train", "val"):
         if pair.data.meta[split]["sha256"] != engram["run"][split]:
@@ -71,7 +71,7 @@ def summary(values):
 
 
 def says(s):
-    return f"{s['mean']:+.3f}" + (f" ± {s['half']:.3f}" if s["half"] is not None else " (n=1)")
+    return f"{s['mean']:+.3f}" + (f" ± {s['half']:.3f}" if s["half"] is not None else ", n=1")
 
 
 def by_bucket(by, values, buckets=BUCKETS):
@@ -109,13 +109,13 @@ def knockout(pairs, figure):
         for name, colour, mark in (("off - on", ORANGE, "s--"), ("moe - engram", BLUE, "o-")):
             points(ax, found[f"{order}-grams"][name], colour, mark, {
                 "off - on": "memory off, same weights", "moe - engram": "MoE-only twin"}[name])
-        ax.set(xlabel=f"times training saw the {order}-gram ending in the token")
+        ax.set(xlabel=f"times training saw the\n{order}-gram ending in the token")
         ax.axhline(0, color="black", lw=0.6)
     axes[0].set(ylabel="loss minus Engram's (nats per token)")
     axes[0].legend()
     best = max(found["3-grams"]["moe - engram"].items(), key=lambda kv: kv[1]["mean"])
-    return found, (f"The twin loses {says(found['moe - engram'])} nats, most on 3-grams seen "
-                   f"{best[0]} times ({says(best[1])}); memory off: {says(found['off - on'])}")
+    return found, (f"The twin's loss minus Engram's: {says(found['moe - engram'])}, most on "
+                   f"3-grams seen {best[0]} times: {says(best[1])}; memory off: {says(found['off - on'])}")
 
 
 def points(ax, table, colour, mark, label, buckets=BUCKETS):
@@ -181,28 +181,29 @@ def collisions(pairs, figure):
                 table.setdefault(name, []).append(value)
     axes = figure.subplots(1, 2, sharey=True)
     styles = {"rows": ("o-", "rows used that hold several"), "reads": ("^:", "reads of such rows"),
-              "all heads": ("s--", f"n-grams that share in all {cfg.heads} heads")}
+              "all heads": ("s--", f"n-grams with company in all {cfg.heads} heads"),
+              "same in all": ("x-", "the same company in all")}
     for ax, order in zip(axes, (o for o in cfg.orders if o > 1)):
         table = found[f"{order}-grams"]
-        for (name, (mark, label)), colour in zip(styles.items(), (BLUE, "black", ORANGE)):
+        for (name, (mark, label)), colour in zip(styles.items(), (BLUE, "black", ORANGE, "grey")):
             ax.plot(sizes, table[name], mark, color=colour, label=label)
         ax.axvline(cfg.rows[0], color="grey", lw=0.8)
         ax.set(xscale="log", xlabel="rows per head (grey: this model)",
                title=f"{table['different']:,} different {order}-grams")
         ax.title.set_size(9)
     axes[0].set(ylabel="share")
-    axes[0].legend(fontsize=8)
+    axes[-1].legend(fontsize=8, loc="center left")
     last, i = found[f"{cfg.orders[-1]}-grams"], sizes.index(cfg.rows[0])
     return found, (f"At {cfg.rows[0]:,} rows per head {last['rows'][i]:.0%} of the rows used hold "
-                   f"several {cfg.orders[-1]}-grams; {last['all heads'][i]:.0%} of the n-grams "
-                   f"share in all {cfg.heads} heads, at {sizes[-1]:,} rows "
-                   f"{last['all heads'][-1]:.1%}")
+                   f"several {cfg.orders[-1]}-grams, {last['all heads'][i]:.0%} of the n-grams "
+                   f"have company in all {cfg.heads} heads (at {sizes[-1]:,} rows "
+                   f"{last['all heads'][-1]:.1%}), {last['same in all'][i]:.2%} the same in all")
 
 
 def shared(rows, counts):
     """rows [G, K], counts [G] -> shares: of the rows used, those that hold several n-grams (mean of
     the heads); of the reads, those of such rows; of the n-grams, those that have company in every
-    head (not the same n-gram in each: what the heads say together still tells them apart)."""
+    head, and those whose company is the same n-gram in every head, so that nothing parts them."""
     of_rows, alone = [], np.zeros(rows.shape, bool)
     for k, column in enumerate(rows.T):
         held = np.bincount(column)
@@ -210,12 +211,14 @@ def shared(rows, counts):
         alone[:, k] = held[column] == 1
     return {"rows": float(np.mean(of_rows)),
             "reads": float((~alone * counts[:, None]).sum() / counts.sum() / rows.shape[1]),
-            "all heads": float((~alone).all(1).mean())}
+            "all heads": float((~alone).all(1).mean()),
+            "same in all": float(1 - (np.unique(rows, axis=0, return_counts=True)[1] == 1).sum()
+                                 / len(rows))}
 
 
 # ---- gates --------------------------------------------------------------------------------------
 
-def own_share(grams, counts, rows):
+def own_share(counts, rows):
     """[G]: of the times training read the rows of an n-gram, the share that was its own (mean of
     its heads). 1: alone in all; near 0: its rows belong to others."""
     return np.mean([counts / np.bincount(r, counts)[r] for r in rows.T], axis=0)
@@ -240,7 +243,8 @@ def one_gate(pair):
     cfg, base, pad = pair.engram.cfg.engram, int(canonical.max()) + 1, int(canonical[-1])
     with watch(pair.engram) as seen:
         on = losses(pair, pair.engram)
-    gate = sum(torch.cat([g for g, _ in layer]).cpu().double().numpy() for layer in seen) / len(seen)
+    gate = sum(torch.cat([g for g, _ in layer]).cpu().double() for layer in seen).numpy()
+    gate /= len(seen)
     gain = losses(pair, pair.engram, memory=False) - on
     order, x = cfg.orders[-1], data.val_x
     here = addresses(canonical[x], order, base, pad)
@@ -250,8 +254,8 @@ def one_gate(pair):
         grams, counts = trained(pair, n)
         ours = addresses(canonical[x], n, base, pad)
         times = look_up(grams, counts, ours)
-        own = look_up(grams, own_share(grams, counts, rows_of(pair.engram.engrams()[0], grams, n,
-                                                              base)), ours)
+        own = look_up(grams, own_share(counts, rows_of(pair.engram.engrams()[0], grams, n, base)),
+                      ours)
         result[f"{n}-grams"] = {
             "by count": by_bucket(times, gate),
             **{f"by own share, seen {name}": by_bucket(own[mask], gate[mask], SHARES)
@@ -394,7 +398,7 @@ def logitlens(pairs, figure):
                                       ("moe", ORANGE, "s--", "MoE-only twin")):
         points(ax, dict(zip("0123456789", found[name])), colour, mark, label,
                [(i, str(i)) for i in layers])
-    ax.set(ylabel="KL(final || block), nats per token", yscale="symlog", xlabel="output of")
+    ax.set(ylabel="KL(final || block), nats per token", xlabel="output of block")
     ax.legend()
     gap = found["engram - moe"][:-1]
     return found, "KL to the final distribution, Engram minus twin, by block: " + ", ".join(
@@ -408,8 +412,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help=", ".join(ANALYSES))
-    parser.add_argument("--out_dir", nargs="+", default=["out"], help="of train.py, a pair of twins "
-                        "each (default: out)")
+    parser.add_argument("--out_dir", nargs="+", default=["out"], help="of train.py, a pair of "
+                        "twins each (default: out)")
     parser.add_argument("--results", default="results", help="where NAME.json and NAME.png go "
                         "(default: %(default)s)")
     args = parser.parse_args(argv)
@@ -427,8 +431,9 @@ def main(argv=None):
     figure.suptitle("\n".join(textwrap.wrap(title, 100)), fontsize=10)
     path = Path(args.results) / f"{args.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    result = {"finding": title, "config": vars(pairs[0].cfg),
-              "seeds": [pair.cfg.seed for pair in pairs], **found}
+    of_run = ("command", "commit", "torch", "device")
+    result = {"finding": title, "seeds": [pair.cfg.seed for pair in pairs],
+              "runs": [{k: pair.header[k] for k in of_run} for pair in pairs], **found}
     write_whole(path, lambda file: file.write(json.dumps(result, indent=1).encode()))
     figure.savefig(path.with_suffix(".png"), dpi=110)
     print(title, f"{path}, {path.with_suffix('.png')}", sep="\n")

@@ -28,7 +28,7 @@ from engram import Engram, EngramConfig, Fetch, RowAdam, canonical_ids, mapped
 from model import GPT, Cache, GPTConfig
 from prepare_data import (commit, fail, free_memory, keep_freed_memory, load, lock, need_memory,
                           script, token_bytes, write_whole)
-from train import device_name
+from sample import device_name
 
 # Dense backbones (shared_hidden: their feed-forward layer) with one memory, in the second block.
 # rows: of its table, then those of --full; prompts: sequences x tokens.

@@ -269,8 +269,9 @@ def make_twins(cfg, rho):
     lines = [
         f"twins: {cfg.n_expert} - {n_expert} experts = {cfg.n_expert - n_expert} x {L} blocks x "
         f"{expert:,} parameters to memory; MoE-only: shared expert {cfg.shared_hidden} + {widen}",
-        f"table: {len(e.blocks)} layers x {len(e.orders)} orders x {e.heads} heads x ~{e.rows[0]:,} "
-        f"rows x {e.width} = {a['table_parameters']:,}; {a['bytes_read_per_token']:,} B read per token",
+        f"table: {len(e.blocks)} layers x {len(e.orders)} orders x {e.heads} heads x "
+        f"~{e.rows[0]:,} rows x {e.width} = {a['table_parameters']:,}; "
+        f"{a['bytes_read_per_token']:,} B read per token",
         f"rho: {reached:.3f} of P_sparse in experts, {rho} asked",
         *(f"{name:7s}P_tot {c['P_tot']:,}  P_act {c['P_act']:,}  P_tot/P_act "
           f"{c['P_tot'] / c['P_act']:.2f}  FLOPs per token {c['flops_per_token']:,}"

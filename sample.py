@@ -17,6 +17,8 @@ import codecs
 import json
 import math
 import os
+import platform
+import resource
 import statistics
 import sys
 import time
@@ -145,6 +147,19 @@ def evaluate(model, tables, data, batch_size, autocast):
                             ("rows_touched", (state["visits"] > 0).float().mean())):
             record.setdefault(name, []).append(float(value))
     return record
+
+
+def peak_bytes(device):
+    """Most memory held so far: on the GPU by its tensors, on a CPU by the process."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else \
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else \
+        f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}, " \
+        f"{os.cpu_count()} cores"
 
 
 def spans_of(enc, ids, values):

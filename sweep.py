@@ -20,7 +20,7 @@ import subprocess
 import sys
 
 from prepare_data import Data, Offline, fail, load, lock, prepare, script, write_whole
-from sample import crossing, interval, load_checkpoint, read_log, token_losses
+from sample import crossing, device_name, interval, load_checkpoint, read_log, token_losses
 
 HERE = Path(__file__).resolve().parent
 TUNING_SEED, FIRST_SEED = 10, 11        # the first is for rates and trials, and for nothing else
@@ -35,25 +35,30 @@ ROWS = [2 ** k for k in (12, 14, 17, 20)]
 # Routers of dropped experts are active parameters too: the shared expert's width at each rho pays
 # for them, so that P_act is that of rho 1 (asserted, see say_allocation).
 SHARED = {"0.9": 63, "0.75": 64, "0.5": 66, "0.25": 69, "0": 72}
-OFF = {"off": ("off " + ENGRAM, "memory off, same weights")}
 
 
-def sweeps(steps):
-    """-> {name: what it is}: arms {name: (flags, title)}, all compared with the arm reference; x:
-    the abscissa, from a run's header. steps: None, or instead of each sweep's own."""
-    small = dict(base=SMALL, steps=1500)
-    rates = dict(reference="moe 0.004", say=say_best, first=TUNING_SEED, seeds=1, arms={
+def sweeps(steps=None):
+    """-> {name: what it is}. arms: {name: (flags, title, and "off" or "shuffled" if it is a run of
+    these flags evaluated once more, so)}; all are compared with the arm reference. say: its finding
+    in a sentence; x: the abscissa, from a run's header; curve: draw this loss against tokens."""
+    n = steps or 1500
+    small, twins = dict(base=SMALL, steps=n), dict(
+        base=LAPTOP, steps=steps or 1200, evaluations=8, reference="moe", say=say_twins,
+        curve="val_loss")
+    rates = dict(reference="moe 0.004", say=say_arms, first=TUNING_SEED, seeds=1, arms={
         f"{model} {lr}": (f"{flags} --lr {lr}", f"{title}, rate {lr}")
         for model, (flags, title) in BOTH.items() for lr in ("0.002", "0.004", "0.008")})
-    kinds = {
-        "twins": dict(base=LAPTOP, steps=1200, evaluations=8, reference="moe", say=say_twins, curve="val_loss",
-                      arms={**BOTH, "fewer": ("--model moe --n_expert 6",
-                                              "MoE-only, 3/4 of the experts"),
-                            "token": ("--model engram --engram_orders 1 --engram_heads 8",
-                                      "table addressed by the current token alone")}),
-        "twins_rates": dict(rates, base=LAPTOP, steps=1200, evaluations=8),
-        "twins_long": dict(base=LAPTOP, steps=4800, evaluations=16, seeds=1, reference="moe",
-                           say=say_twins, curve="val_loss", arms=BOTH),
+    more = {"": "", ", 4 x the tokens": f" --steps {4 * n}",
+            ", a quarter of them 4 times": f" --train_tokens {max(1, n // 4) * 1024}"}
+    arms = lambda *rows: {name: (ENGRAM + flags, *title) for name, flags, *title in rows}
+    of_four = " --engram_orders 2 3 4 --engram_width 11"        # as wide in all as orders 2 and 3
+    return {
+        "twins": dict(twins, arms={
+            **BOTH, "fewer": (f"{MOE} --n_expert 6", "MoE-only, 3/4 of the experts"),
+            "token": ("--model engram --engram_orders 1 --engram_heads 8",
+                      "table addressed by the current token alone")}),
+        "twins_rates": dict(rates, base=LAPTOP, steps=steps or 1200, evaluations=8),
+        "twins_long": dict(twins, steps=steps or 4800, evaluations=16, seeds=1, arms=BOTH),
         "rates": dict(small, **rates),
         "experts": dict(small, reference="half", say=say_arms, arms={
             "half": (f"{MOE} --n_expert 16", "16 experts"), "moe": (MOE, "32 experts")}),
@@ -62,41 +67,34 @@ def sweeps(steps):
             **{rho: (f"--model engram --rho {rho}" + f" --shared_hidden {wide}" * (wide != 64),
                      f"rho {rho}") for rho, wide in SHARED.items()}}),
         "controls": dict(small, reference="engram", say=say_arms, arms={
-            **BOTH, "one row": (f"{ENGRAM} --engram_rows 1", "one row per head (capacity 1)"),
-            "token": (f"{ENGRAM} --engram_orders 1 --engram_heads 8", "current token alone"),
-            "bigrams": (f"{ENGRAM} --engram_orders 2 --engram_heads 8", "2-grams only"),
-            "raw": (f"{ENGRAM} --no-engram_compress", "no compression"),
-            "ungated": (f"{ENGRAM} --engram_gate off", "no gate"),
-            "shuffled": ("shuffled " + ENGRAM, "rows shuffled at inference"), **OFF}),
-        "jump": dict(small, steps=8000, evaluations=40, reference="moe", say=say_jump,
+            **BOTH, **arms(
+                ("one row", " --engram_rows 1", "one row per head (capacity 1)"),
+                ("token", " --engram_orders 1 --engram_heads 8", "current token alone"),
+                ("bigrams", " --engram_orders 2 --engram_heads 8", "2-grams only"),
+                ("raw", " --no-engram_compress", "no compression"),
+                ("ungated", " --engram_gate off", "no gate"),
+                ("shuffled", "", "rows shuffled at inference", "shuffled"),
+                ("off", "", "memory off at inference", "off"))}),
+        "jump": dict(small, steps=steps or 8000, evaluations=40, reference="moe", say=say_jump,
                      curve="copy3_loss", arms=BOTH),
         "memory": dict(small, reference=f"{ROWS[0]}", say=say_memory, x=("rows per head", height),
-                       arms={f"{n}": (f"{ENGRAM} --engram_rows {n}", f"{n:,} rows per head")
-                             for n in ROWS}),
-        "parts": dict(small, reference="engram", say=say_arms, arms={
-            "engram": BOTH["engram"],
-            "conv": (f"{ENGRAM} --engram_conv_kernel 0", "no convolution"),
-            "plain": (f"{ENGRAM} --engram_gate plain", "plain gate (paper, eq. 4)"),
-            "4-grams": (f"{ENGRAM} --engram_orders 2 3 4 --engram_width 11", "2- to 4-grams"),
-            "stop": (f"{ENGRAM} --engram_stop_at_eot", "look-back stops at end of text"),
-            "rate 1": (f"{ENGRAM} --table_lr 1", "table rate x1"),
-            "rate 15": (f"{ENGRAM} --table_lr 15", "table rate x15"),
-            "v4.1": (f"{ENGRAM} --engram_orders 2 3 4 --engram_width 11 --engram_conv_kernel 0 "
-                     "--engram_stop_at_eot --no-engram_bias", "DeepSeek-V4.1's variant")}),
-        "placement": dict(small, reference="1", say=say_arms, arms={
-            blocks: (f"{ENGRAM} --engram_blocks {blocks}", f"in block {blocks}")
-            for blocks in ("0", "1", "2", "3", "1 3", "0 1 2")}),
-        "data": dict(small, reference="moe", say=say_arms, arms={}),
-    }
-    for kind in kinds.values():
-        kind["steps"] = steps or kind["steps"]
-    n = kinds["data"]["steps"]
-    kinds["data"]["arms"] = {
-        arm + name: (f"{flags} {more}", title + what) for name, more, what in
-        (("", "", ""), (" x4", f"--steps {4 * n}", ", 4 x the tokens"),
-         (" again", f"--train_tokens {max(1, n // 4) * 1024}", ", a quarter of them 4 times"))
-        for arm, (flags, title) in BOTH.items()}
-    return kinds
+                       arms=arms(*((f"{rows}", f" --engram_rows {rows}", f"{rows:,} rows per head")
+                                   for rows in ROWS))),
+        "parts": dict(small, reference="engram", say=say_arms, arms=arms(
+            ("engram", "", "Engram"), ("conv", " --engram_conv_kernel 0", "no convolution"),
+            ("plain", " --engram_gate plain", "plain gate (paper, eq. 4)"),
+            ("4-grams", of_four, "2- to 4-grams"),
+            ("stop", " --engram_stop_at_eot", "look-back stops at end of text"),
+            ("rate 1", " --table_lr 1", "table rate x1"),
+            ("rate 15", " --table_lr 15", "table rate x15"),
+            ("v4.1", of_four + " --engram_conv_kernel 0 --engram_stop_at_eot --no-engram_bias",
+             "DeepSeek-V4.1's variant"))),
+        "placement": dict(small, reference="1", say=say_arms, arms=arms(*(
+            (blocks, f" --engram_blocks {blocks}", f"in block {blocks}")
+            for blocks in ("0", "1", "2", "3", "1 3", "0 1 2")))),
+        "data": dict(small, reference="moe", say=say_arms, arms={
+            model + what: (flags + flag, title + what) for what, flag in more.items()
+            for model, (flags, title) in BOTH.items()})}
 
 
 def share(header):
@@ -115,7 +113,6 @@ def height(header):
 def settle(kind, dataset):
     """-> what all runs of a sweep share, the data being prepared; it goes into their hashes."""
     import torch
-    from train import device_name
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = kind["base"].split("--data_dir ")[1].split()[0]
     if not (Path(folder) / dataset / "meta.json").exists():
@@ -137,31 +134,28 @@ def home(settings, flags, seed):
     return Path("runs") / hashlib.sha256(known.encode()).hexdigest()[:12]
 
 
-def finished(settings, flags, seed):
-    """-> the run as it stands in results/NAME.json, or None. Flags that begin with a word, off or
-    shuffled, are of a run without it, evaluated once more in another way."""
-    after, _, flags = flags.partition("--")
-    out = home(settings, flags := "--" + flags, seed)
+def finished(settings, seed, flags, title="", again=None):
+    """-> the run as it stands in results/NAME.json, or None."""
+    out = home(settings, flags, seed)
     if not (run := read_log(out / flags.split()[1] / "log.jsonl")):
         return None
     header, records = run
     cfg = header["config"]
     if len(records) < -(-cfg["steps"] // cfg["eval_every"]) or records[-1]["step"] < cfg["steps"]:
         return None
-    if after:
+    if again:
         if not (out / "after.json").exists():
             return None
         losses = json.loads((out / "after.json").read_text())
-        records = [{**records[-1], "val_loss": losses[after.strip()]}]
+        records = [{**records[-1], "val_loss": losses[again], "val_bpb": None}]
     return {"seed": seed, "header": header, "records": records}
 
 
 def train(settings, flags, seed):
     """Train one run, or finish it: one thread on a CPU. Then, with a memory, evaluate it anew."""
-    flags = flags[flags.index("--"):]
     out, model = home(settings, flags, seed), flags.split()[1]
     out.mkdir(parents=True, exist_ok=True)
-    if not finished(settings, flags, seed):
+    if not finished(settings, seed, flags):
         resume = ["--resume"] * (out / model / "ckpt.pt").exists()
         with open(out / "printed.txt", "w") as printed:
             done = subprocess.run(
@@ -198,9 +192,9 @@ def after(out):
 def collect(path, name, settings, arms):
     """Write all runs of this sweep that are finished: those in the file, and those under runs/."""
     runs = {(r["arm"], r["seed"]): r for r in (read(path)["runs"] if path.exists() else [])}
-    for arm, (flags, _) in arms.items():
+    for arm, what in arms.items():
         for seed in range(TUNING_SEED, TUNING_SEED + 64):
-            if (arm, seed) not in runs and (run := finished(settings, flags, seed)):
+            if (arm, seed) not in runs and (run := finished(settings, seed, *what)):
                 runs[arm, seed] = {"arm": arm, **run}
     lines = ",\n".join(json.dumps(run) for run in runs.values())
     text = f'{{"name": "{name}", "settings": {json.dumps(settings)}, "runs": [\n{lines}\n]}}\n'
@@ -220,10 +214,11 @@ def run_all(path, name, kind, args):
         fail(f"{name} has no arm {', '.join(unknown)}: choose from {', '.join(kind['arms'])}")
     have = collect(path, name, settings, kind["arms"])
     first = kind.get("first", FIRST_SEED)
-    todo = {(flags[flags.index("--"):], seed): None
+    wanted = {kind["reference"], *(args.arms or kind["arms"])}
+    todo = {(flags, seed): None            # a dict: an arm evaluated once more is one run
             for seed in range(first, first + (args.seeds or kind.get("seeds", 3)))
-            for arm, (flags, _) in kind["arms"].items() if (arm in (args.arms or kind["arms"]) or arm == kind["reference"])
-            and (arm, seed) not in have}
+            for arm, (flags, *_) in kind["arms"].items()
+            if arm in wanted and (arm, seed) not in have}
     workers = 1 if "--device cuda" in settings["flags"] else 2
     with ThreadPoolExecutor(workers) as pool:
         jobs = [pool.submit(train, settings, *run) for run in todo]
@@ -277,11 +272,10 @@ def table(kind, runs):
         sd = f" ({statistics.stdev(losses):.3f})" if len(losses) > 1 else ""
         against = "reference" if arm == kind["reference"] else \
             verdict(gaps(runs, arm, kind["reference"]))
-        bpb = statistics.mean(last(run, "val_bpb") for run in seeds.values())
-        again = kind["arms"][arm][0][0] != "-"                    # evaluated once more: no bpb
+        bpb = [last(run, "val_bpb") for run in seeds.values()]
         lines.append(f"| {kind['arms'][arm][1]} | {count['P_tot']:,} | {count['P_act']:,} | "
                      f"{len(seeds)} | {statistics.mean(losses):.3f}{sd} | {against} | "
-                     f"{'-' if again else f'{bpb:.3f}'} |")
+                     f"{'-' if None in bpb else f'{statistics.mean(bpb):.3f}'} |")
     return lines
 
 
@@ -292,15 +286,9 @@ def say_arms(kind, runs):
     found = {arm: verdict(gaps(runs, arm, kind["reference"])) for arm in runs
              if arm != kind["reference"]}
     lists = {word: [arm for arm, text in found.items() if text.endswith(word)]
-             for word in ("higher", "lower", "undecided")}
+             for word in ("higher", "lower", "undecided", "n=1")}
     return f"against {kind['arms'][kind['reference']][1]}: " + "; ".join(
         f"{word}: {', '.join(arms)}" for word, arms in lists.items() if arms)
-
-
-def say_best(kind, runs):
-    best = [min((arm for arm in runs if arm.startswith(model)), default=None, key=lambda arm:
-                statistics.mean(map(last, runs[arm].values()))) for model in BOTH]
-    return f"lowest: {', '.join(filter(None, best))}"
 
 
 def say_twins(kind, runs):
@@ -402,34 +390,49 @@ def draw_arms(axes, kind, runs):
         axes.axvline(0, color="black", lw=0.6)
 
 
-def report(path, kind):
-    """Draw the figure beside path -> the lines of the Markdown table, and the finding."""
+def draw(path, kind, runs, finding):
     from matplotlib.figure import Figure
     import textwrap
-    saved = read(path)["runs"]
-    runs = {arm: {r["seed"]: r for r in saved if r["arm"] == arm} for arm in kind["arms"]}
-    runs = {arm: dict(sorted(seeds.items())) for arm, seeds in runs.items() if seeds}
-    if kind["reference"] not in runs or len(runs) < 2:
-        fail(f"{path} has no finished pair of {kind['reference']} and another arm yet")
-    finding = kind["say"](kind, runs)
     figure = Figure(figsize=(7.5, 4.5), layout="tight")
     axes = figure.subplots()
     (draw_curves if "curve" in kind else draw_arms)(axes, kind, runs)
     axes.set_title("\n".join(textwrap.wrap(finding, 85)), fontsize=9)
     figure.savefig(path.with_suffix(".png"), dpi=110)
-    return [*table(kind, runs), "", finding]
+
+
+def report(path, kind, reference=None):
+    """Draw the figure beside path -> the lines of the Markdown table, and the finding. With another
+    reference: the table alone."""
+    saved = read(path)["runs"]
+    runs = {arm: {r["seed"]: r for r in saved if r["arm"] == arm} for arm in kind["arms"]}
+    runs = {arm: dict(sorted(seeds.items())) for arm, seeds in runs.items() if seeds}
+    kind = {**kind, "reference": reference or kind["reference"]}
+    if kind["reference"] not in runs or len(runs) < 2:
+        fail(f"{path} has no finished pair of {kind['reference']} and another arm: it has "
+             f"{', '.join(runs) or 'none'}")
+    if any(record.get(kind.get("curve", "val_loss")) is None for run in saved
+           for record in run["records"]):
+        fail(f"{path}: no {kind['curve']}, as no token is copyable: more --eval_tokens are needed")
+    lines = table(kind, runs)
+    if reference:
+        return lines
+    finding = kind["say"](kind, runs)
+    draw(path, kind, runs, finding)
+    return [*lines, "", finding, f"picture: {path.with_suffix('.png')}"]
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("name", help=", ".join(sweeps(None)))
+    add("name", help=", ".join(sweeps()))
     add("--seeds", type=int, help="per arm, from 11 on (default: 3, of rates 1)")
     add("--arms", nargs="+", help="train these alone, and the reference (default: all)")
     add("--steps", type=int, help="per run (default: the sweep's own)")
     add("--dataset", default="python", help="prepared if need be (default: %(default)s)")
-    add("--results", default="results", help="where NAME.json and NAME.png go (default: %(default)s)")
+    add("--results", default="results", help="where NAME.json and NAME.png go (default: "
+        "%(default)s)")
+    add("--reference", help="compare with this arm: the table alone (default: the sweep's own)")
     add("--plot", action="store_true", help="train nothing")
     args = parser.parse_args(argv)
     kinds = sweeps(args.steps)
@@ -443,8 +446,7 @@ def main(argv=None):
     if not args.plot:
         with lock(folder):
             run_all(path, args.name, kind, args)
-    lines = report(path, kind)
-    print(*lines, f"picture: {path.with_suffix('.png')}", sep="\n")
+    print(*report(path, kind, args.reference), sep="\n")
 
 
 if __name__ == "__main__":

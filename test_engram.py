@@ -1687,11 +1687,12 @@ def test_rho_reached():
 def tiny_sweeps(corpus, tmp_path, monkeypatch):
     """Every sweep at toy size, in an empty folder, without a new process a run."""
     base = " ".join([*TINY, "--data_dir", corpus[3], "--n_expert", "12", "--n_layer",
-                     "4", "--shared_hidden", "256"])
+                     "4", "--shared_hidden", "256", "--eval_tokens", "2048"])
     for name in ("LAPTOP", "SMALL"):
         monkeypatch.setattr(sweep, name, base)
     monkeypatch.setattr(sweep, "ROWS", [8, 32, 128])
-    monkeypatch.setattr(sweep, "SHARED", {"0.9": 256, "0.75": 64, "0.5": 257, "0.25": 258, "0": 259})
+    wide = {"0.9": 256, "0.75": 64, "0.5": 257, "0.25": 258, "0": 259}
+    monkeypatch.setattr(sweep, "SHARED", wide)
     monkeypatch.chdir(tmp_path)
     commands = []
 
@@ -1701,6 +1702,8 @@ def tiny_sweeps(corpus, tmp_path, monkeypatch):
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(run=here))
+    for name in ("report", "compare", "plot"):                # what a run prints at its end
+        monkeypatch.setattr(train_script, name, lambda *_: [])
     monkeypatch.setattr(sweep, "ThreadPoolExecutor", lambda n: ThreadPoolExecutor(1))
     return commands
 
@@ -1718,7 +1721,7 @@ def test_every_sweep_runs(tiny_sweeps, capsys):
         arms = sweep.sweeps(8)[name]["arms"]
         assert {run["arm"] for run in saved["runs"]} == set(arms), name
         printed = capsys.readouterr().out
-        assert all(title in printed for _, title in arms.values())
+        assert all(title in printed for _, title, *_ in arms.values())
         assert Path(f"results/{name}.png").stat().st_size > 5000
     assert len({str(command) for command in tiny_sweeps}) == len(tiny_sweeps)
     table = json.loads(Path("results/controls.json").read_text())["runs"]
@@ -1730,8 +1733,8 @@ def test_every_sweep_runs(tiny_sweeps, capsys):
 
 
 def test_a_sweep_goes_on_where_it_was(tiny_sweeps, monkeypatch, capsys):
-    """A finished run trained again; one that was interrupted taken for a result, or begun anew; runs
-    of other settings in one file."""
+    """A finished run trained again; one that was interrupted taken for a result, or begun anew;
+    runs of other settings in one file."""
     assert len(swept("experts", "--seeds", "1")["runs"]) == len(tiny_sweeps) == 2
     whole = swept("experts", "--seeds", "2", "--arms", "moe")
     assert [(r["arm"], r["seed"]) for r in whole["runs"]] == [
@@ -1764,6 +1767,11 @@ def test_a_sweep_goes_on_where_it_was(tiny_sweeps, monkeypatch, capsys):
     assert "no arm nothing" in refused(capsys, sweep.main, *argv, "--steps", 8, "--arms", "nothing")
     assert "no sweep nothing" in refused(capsys, sweep.main, "nothing")
     assert "there is no" in refused(capsys, sweep.main, "jump", "--plot")
+    sweep.main(["experts", "--plot", "--reference", "moe"])
+    printed = capsys.readouterr().out
+    assert "32 experts" in printed.split("reference |")[0].splitlines()[-1]
+    argv = ["experts", "--plot", "--reference", "x"]
+    assert "it has half, moe" in refused(capsys, sweep.main, *argv)
     Path("results/experts.json").write_text("{}")
     assert "is damaged" in refused(capsys, sweep.main, "experts", "--plot")
     assert "--seeds 0" in refused(capsys, sweep.main, "experts", "--seeds", 0)
@@ -1861,10 +1869,13 @@ def test_who_shares_rows():
     company = [[held[k][r] > 1 for k, r in enumerate(row)] for row in rows.tolist()]
     reads = sum(c * sum(row) for c, row in zip(counts, company)) / counts.sum() / 3
     assert analyze.shared(rows, counts) == pytest.approx({
-        "rows": sum(several) / 3, "reads": reads, "all heads": np.mean([all(r) for r in company])})
+        "rows": sum(several) / 3, "reads": reads, "all heads": np.mean([all(r) for r in company]),
+        "same in all": 0})
+    rows[4] = rows[9] = rows[2]
+    assert analyze.shared(rows, counts)["same in all"] == pytest.approx(3 / 30)
     own = [np.mean([c / sum(d for d, s in zip(counts, rows) if s[k] == row[k]) for k in range(3)])
            for c, row in zip(counts, rows)]
-    assert analyze.own_share(None, counts, rows) == pytest.approx(own)
+    assert analyze.own_share(counts, rows) == pytest.approx(own)
 
 
 def test_what_an_ngram_explains():
@@ -1903,7 +1914,7 @@ def test_lens_is_the_divergence_by_hand(trained):
 
 @pytest.mark.parametrize("name", ["knockout", "gates", "collisions", "logitlens"])
 def test_every_analysis_runs(trained, corpus, tmp_path, capsys, name):
-    """From two pairs of checkpoints to JSON and picture; two seeds taken for one, or one for two."""
+    """From two pairs of checkpoints to JSON and picture; one seed taken for two."""
     run(*corpus, *TINY, "--seed", 1, "--out_dir", tmp_path / "b")
     capsys.readouterr()
     analyze.main([name, "--out_dir", str(trained), str(tmp_path / "b"), "--results",
@@ -1955,16 +1966,21 @@ def test_what_is_called_a_twin(trained, tmp_path):
 
 
 def test_the_readme_is_the_result(tmp_path):
-    """A table in the README that no run supports, a picture that its runs do not make."""
-    readme, kinds = (HERE / "README.md").read_text(), sweep.sweeps(None)
-    lines = sample_script.compare(HERE / "results" / "seed0")
+    """A row or a finding in the README that no run supports; results that it does not tell of."""
+    readme, kinds = (HERE / "README.md").read_text(), sweep.sweeps()
+    assert not [line for line in sample_script.compare(HERE / "results" / "seed0")
+                if line not in readme]
+    printed = []
     for path in sorted((HERE / "results").glob("*.json")):
         if path.stem in kinds:
             shutil.copy(path, tmp_path)
-            lines += sweep.report(tmp_path / path.name, kinds[path.stem])
+            printed += sweep.report(tmp_path / path.name, kinds[path.stem])
         else:
-            lines.append(json.loads(path.read_text())["finding"])
-    assert not [line for line in lines if line not in readme]
+            printed.append(json.loads(path.read_text())["finding"])
+        script = "sweep" if path.stem in kinds else "analyze"
+        assert f"{script}.py {path.stem}" in readme, path.stem
+    rows = re.findall(r"^(\| .* \| [\d,]{6,} \| [\d,]{6,} \| \d+ \| .*|> .*)$", readme, re.M)
+    assert len(rows) > 25 and not [row for row in rows if row.removeprefix("> ") not in printed]
 
 
 def test_the_readme_is_the_bench():

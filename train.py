@@ -16,7 +16,6 @@ import json
 import math
 import os
 import platform
-import resource
 import shlex
 import sys
 import time
@@ -29,7 +28,7 @@ from engram import EngramConfig, RowAdam, canonical_ids, mapped, opt, place, tab
 from model import GPT, GPTConfig, make_twins
 from prepare_data import (Data, Offline, commit, fail, keep_freed_memory, lock, need_memory,
                           script, write_whole)
-from sample import compare, evaluate, load_checkpoint, plot, report
+from sample import compare, device_name, evaluate, load_checkpoint, peak_bytes, plot, report
 
 
 @dataclass
@@ -276,19 +275,6 @@ def train(name, shape, cfg, data):
             "header": header}, f))
     bar.close()
     return model
-
-
-def peak_bytes(device):
-    """Most memory held so far: on the GPU by its tensors, on a CPU by the process."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def device_name(device):
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else \
-        f"{platform.processor() or platform.machine()} with " \
-        f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
 
 
 def main(argv=None):
