@@ -310,17 +310,17 @@ def report(models, data, batch_size, autocast):
     return lines
 
 
-# 97.5th percentile of Student's t by degrees of freedom
-T = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201,
-                    2.179, 2.160, 2.145, 2.131), 1))
+# 97.5th percentile of Student's t by degrees of freedom, from 1 on
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179,
+           2.160, 2.145, 2.131)
 
 
 def interval(values):
     """-> mean of the values and half the width of its 95 % interval (t); of one value, nan."""
     if len(values) < 2:
         return values[0], math.nan
-    degrees = min(len(values) - 1, max(T))                      # beyond the table: a little wide
-    return statistics.mean(values), T[degrees] * statistics.stdev(values) / len(values) ** 0.5
+    t = STUDENT[min(len(values) - 1, len(STUDENT)) - 1]         # beyond the table: a little wide
+    return statistics.mean(values), t * statistics.stdev(values) / len(values) ** 0.5
 
 
 # ---- the twins, from their logs alone -----------------------------------------------------------

@@ -1715,8 +1715,7 @@ def swept(name, *argv):
 
 def test_every_sweep_runs(tiny_sweeps, capsys):
     """An arm whose flags train.py refuses, a run trained twice because two sweeps need it."""
-    names = list(sweep.sweeps(8))
-    for name in names:
+    for name in sweep.sweeps(8).keys() - {"twins_rates", "twins_long"}:     # like rates and twins
         saved = swept(name, "--seeds", "1")
         arms = sweep.sweeps(8)[name]["arms"]
         assert {run["arm"] for run in saved["runs"]} == set(arms), name
@@ -1887,14 +1886,6 @@ def test_what_an_ngram_explains():
     assert analyze.centred(groups, a) == pytest.approx([v - mean[g] for g, v in zip(groups, a)])
     assert abs(analyze.explained(groups, noise)) < 0.15 and analyze.explained(groups, a) > 0.99
     assert abs(analyze.explained(np.arange(400) // 2, noise)) < 0.3         # 200 groups of two
-    gate = rng.normal(size=40)
-    differ = [(0, 0, 0, [np.arange(0, 20), np.arange(20, 40)])]
-    gate[20:] += 5
-    told = analyze.two_writings(gate, differ)
-    assert told["p"] < 0.01 and told["difference"] == pytest.approx(
-        abs(gate[:20].mean() - gate[20:].mean()))
-    gate[20:] -= 5
-    assert analyze.two_writings(gate, differ)["p"] > 0.01
 
 
 def test_lens_is_the_divergence_by_hand(trained):
@@ -1958,7 +1949,7 @@ def test_what_is_called_a_twin(trained, tmp_path):
     path = tmp_path / "out" / "moe" / "log.jsonl"
     whole = path.read_text()
     p_tot = log(tmp_path / "out", "moe")[0]["accounting"]["P_tot"]
-    for old, new in (('"n_layer": 2', '"n_layer": 3'), ('"seed": 0, "steps"', '"seed": 1, "steps"'),
+    for old, new in (('"n_layer": 2', '"n_layer": 3'), ('"seed": 0, "train', '"seed": 1, "train'),
                      (f'"P_tot": {p_tot}', f'"P_tot": {2 * p_tot}')):
         assert old in whole
         path.write_text(whole.replace(old, new))
