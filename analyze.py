@@ -1,65 +1,80 @@
 """
 What the memory of a trained model does, seen from inside. Optional reading.
 
-    python train.py && python analyze.py knockout     # also: gates, collisions, logitlens
-    python analyze.py gates --out_dir out11 out12 out13 --results mine
+    python train.py && python analyze.py knockout --results mine
+    python analyze.py gates --out_dir out11 out12 out13 --results mine    # collisions, logitlens
 
 The idea: the twins saw the same tokens in the same order, so a difference on a validation token can
 be laid to what was different: how often training saw its n-gram, who shares its row, which block.
 Each analysis takes one or more folders of train.py (a pair of twins each, of different seeds;
 intervals are over pairs, t) and writes NAME.json and NAME.png.
 
-Letters: n sequences of T validation tokens, P pairs of twins, G different n-grams.
+Letters: B sequences of T validation tokens, S of these tokens, P pairs of twins, G different
+n-grams, K hash heads.
 """
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 import argparse
 import json
 import math
-import statistics
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from engram import Engram, EngramConfig
-from prepare_data import Data, encoding, fail, script, write_whole
+from engram import Engram
+from prepare_data import Data, Offline, encoding, fail, script, write_whole
 from sample import (BUCKETS, grid, has_colours, interval, load_checkpoint, paint, shaded, spans_of,
                     token_losses, watch)
 from train import Config, autocast
 
 BLUE, ORANGE = "tab:blue", "tab:orange"          # dark and light in greyscale; shapes differ too
+STYLES = ((BLUE, "o-"), (ORANGE, "s--"), ("black", "^:"), ("grey", "x-"))
 
 
 def load_pair(out_dir, twin=True):
     """-> one pair of twins: .engram, .moe (models), .data (prepare_data.Data), .cfg (train.Config),
-    .header (of Engram's log), .sequences (that training read)."""
-    engram, model = load_checkpoint(Path(out_dir) / "engram" / "ckpt.pt")
-    header, device = engram["header"], "cuda" if torch.cuda.is_available() else "cpu"
+    .run, .header (of Engram's checkpoint), .sequences (that training read); .canonical [V] ids,
+    .base (how many), .pad."""
+    saved, model = load_checkpoint(Path(out_dir) / "engram" / "ckpt.pt")
+    header, device = saved["header"], "cuda" if torch.cuda.is_available() else "cpu"
     pair = SimpleNamespace(engram=model, header=header, cfg=Config(**header["config"]))
-    pair.cfg.device = device
+    pair.run = {**saved["run"], "step": saved["step"], "tokenizer": saved["tokenizer"]["sha256"]}
+    pair.cfg.device, pair.cfg.dataset = device, header["data"]["name"]
     if twin:
         moe, pair.moe = load_checkpoint(Path(out_dir) / "moe" / "ckpt.pt")
-        for what, of in (("tokenizers", lambda s: s["tokenizer"]["sha256"]),
-                         ("training data", lambda s: s["run"]["train"]),
-                         ("seeds", lambda s: s["run"]["seed"]),
-                         ("numbers of steps", lambda s: (s["run"]["steps"], s["step"]))):
-            if of(engram) != of(moe):
-                fail(f"{out_dir}: no twins, they are of different {what} ({of(engram)} and "
-                     f"{of(moe)}): train both with one command, python train.py")
+        other = {**moe["run"], "step": moe["step"], "tokenizer": moe["tokenizer"]["sha256"]}
+        differ = [f"{k} ({v}, {other.get(k)})" for k, v in pair.run.items()
+                  if k not in ("n_expert", "shared_hidden", "engram") and v != other.get(k)]
+        for key in ("P_tot", "P_act"):
+            p, q = header["accounting"][key], moe["header"]["accounting"][key]
+            differ += [f"{key} ({p}, {q})"] * (abs(p / q - 1) > 0.01)
+        if differ:
+            fail(f"{out_dir}: these are no twins, they differ in {', '.join(differ)}: train both "
+                 "with one command, python train.py")
         pair.moe.to(device).eval()
     pair.engram.to(device).eval()
-    pair.data = Data(pair.cfg, model.cfg.block_size)
+    try:
+        pair.data = Data(pair.cfg, model.cfg.block_size)
+    except (Offline, ValueError) as error:
+        fail(error)
     for split in ("train", "val"):
-        if pair.data.meta[split]["sha256"] != engram["run"][split]:
+        if pair.data.meta[split]["sha256"] != pair.run[split]:
             fail(f"{pair.cfg.data_dir}/{pair.data.name} is not what {out_dir} was trained on: "
                  "prepare it as it was, or train anew")
-    pair.sequences = pair.cfg.steps * pair.cfg.tokens_per_step // model.cfg.block_size
+    pair.sequences = saved["step"] * pair.cfg.tokens_per_step // model.cfg.block_size
+    pair.canonical = model.canonical.cpu().numpy()
+    pair.base, pair.pad = int(pair.canonical.max()) + 1, int(pair.canonical[-1])
+    pair.orders = [order for order in model.cfg.engram.orders if order > 1]
+    if not pair.orders or pair.base ** pair.orders[-1] >= 2 ** 63:
+        fail(f"{out_dir}: n-grams of orders {model.cfg.engram.orders}, {pair.base:,} ids: "
+             "analyses need one order above 1, and n-grams that fit in 63 bits")
     return pair
 
 
 def losses(pair, model, memory=True):
-    """-> nats [n, T] of the validation tokens."""
+    """-> nats [B, T] of the validation tokens."""
     return token_losses(model, pair.data.val_x, pair.data.val_y, pair.cfg.batch_size,
                         autocast(pair.cfg), memory).double().numpy()
 
@@ -74,11 +89,11 @@ def says(s):
     return f"{s['mean']:+.3f}" + (f" ± {s['half']:.3f}" if s["half"] is not None else ", n=1")
 
 
-def by_bucket(by, values, buckets=BUCKETS):
+def by_bucket(by, values, buckets=BUCKETS, of=np.mean):
     """by, values: arrays of one shape -> {bucket of by: mean of the values in it}, none empty."""
     ends = [low for low, _ in buckets[1:]] + [math.inf]
     masks = {name: (by >= low) & (by < end) for (low, name), end in zip(buckets, ends)}
-    return {name: float(values[mask].mean()) for name, mask in masks.items() if mask.any()}
+    return {name: float(of(values[mask])) for name, mask in masks.items() if mask.any()}
 
 
 def over_pairs(tables):
@@ -102,8 +117,7 @@ def knockout(pairs, figure):
         seen = [pair.data.count(pair.sequences, order)[0] for pair in pairs]
         found[f"{order}-grams"] = {name: over_pairs([by_bucket(s, gain[name]) for s, gain in
                                                      zip(seen, gains)]) for name in gains[0]}
-        found[f"{order}-grams"]["tokens"] = over_pairs([{name: int(k) for (_, name), k in zip(
-            BUCKETS, np.histogram(s, [low for low, _ in BUCKETS] + [math.inf])[0])} for s in seen])
+        found[f"{order}-grams"]["tokens"] = over_pairs([by_bucket(s, s, of=len) for s in seen])
     axes = figure.subplots(1, 2, sharey=True)
     for ax, order in zip(axes, (2, 3)):
         for name, colour, mark in (("off - on", ORANGE, "s--"), ("moe - engram", BLUE, "o-")):
@@ -113,9 +127,9 @@ def knockout(pairs, figure):
         ax.axhline(0, color="black", lw=0.6)
     axes[0].set(ylabel="loss minus Engram's (nats per token)")
     axes[0].legend()
-    best = max(found["3-grams"]["moe - engram"].items(), key=lambda kv: kv[1]["mean"])
-    return found, (f"The twin's loss minus Engram's: {says(found['moe - engram'])}, most on "
-                   f"3-grams seen {best[0]} times: {says(best[1])}; memory off: {says(found['off - on'])}")
+    return found, (f"The twin's loss minus Engram's: {says(found['moe - engram'])}; by how often "
+                   "training saw the 3-gram: " + ", ".join(
+                       f"{name} {says(s)}" for name, s in found["3-grams"]["moe - engram"].items()))
 
 
 def points(ax, table, colour, mark, label, buckets=BUCKETS):
@@ -133,22 +147,26 @@ def points(ax, table, colour, mark, label, buckets=BUCKETS):
 # ---- addresses ----------------------------------------------------------------------------------
 
 def addresses(ids, order, base, pad):
-    """ids [n, T] below base -> [n, T]: the n-gram that ends at each position, as one number."""
+    """ids [B, T] below base -> [B, T]: the n-gram that ends at each position, as one number."""
     x, T = np.pad(ids, ((0, 0), (order - 1, 0)), constant_values=pad), ids.shape[1]
     return sum(x[:, order - 1 - k:order - 1 - k + T] * base ** k for k in range(order))
 
 
+def grams(pair, x, order):
+    """Token ids [., T] -> the canonical n-gram that ends at each, as one number."""
+    return addresses(pair.canonical[x], order, pair.base, pair.pad)
+
+
 def trained(pair, order):
     """-> the different canonical n-grams that training read, sorted [G], and how often [G]."""
-    canonical, order_of = pair.engram.canonical.cpu().numpy(), pair.data.order
-    base, pad = int(canonical.max()) + 1, int(canonical[-1])
-    x = pair.data.sequences(pair.data.train, order_of[:pair.sequences] * pair.data.T)[0]
-    return np.unique(addresses(canonical[x], order, base, pad), return_counts=True)
+    starts = pair.data.order[:pair.sequences] * pair.data.T
+    return np.unique(grams(pair, pair.data.sequences(pair.data.train, starts)[0], order),
+                     return_counts=True)
 
 
-def rows_of(engram, grams, order, base):
+def rows_of(engram, numbers, order, base):
     """n-grams [G] as numbers -> the rows they read, [G, K], counted from each head's first."""
-    ids = np.stack([grams // base ** k % base for k in reversed(range(order))], axis=1)
+    ids = np.stack([numbers // base ** k % base for k in reversed(range(order))], axis=1)
     i, K = engram.cfg.orders.index(order), engram.cfg.heads
     rows = torch.cat([engram.hash(part)[:, -1] for part in
                       torch.from_numpy(ids).to(engram.offsets.device).split(1 << 16)])
@@ -165,39 +183,37 @@ def look_up(keys, values, wanted):
 
 def collisions(pairs, figure):
     """Who shares rows, by order and table size: counted from the hash and what training read."""
-    pair = pairs[0]
-    cfg, base = pair.engram.cfg.engram, int(pair.engram.canonical.max()) + 1
-    sizes = sorted({*(2 ** k for k in range(10, 23, 2)), cfg.rows[0]})
-    found = {"rows": sizes, "heads": cfg.heads, "here": cfg.rows[0]}
-    for order in (order for order in cfg.orders if order > 1):
-        grams, counts = trained(pair, order)
-        table = found[f"{order}-grams"] = {"different": len(grams)}
+    if len(pairs) > 1:
+        fail("collisions counts what one run read: give one --out_dir")
+    pair, = pairs
+    cfg = pair.engram.cfg.engram
+    here, sizes = cfg.rows[-1], sorted({*(2 ** k for k in range(10, 23, 2)), cfg.rows[-1]})
+    found = {"rows": sizes, "heads": cfg.heads, "here": here}
+    axes = figure.subplots(1, len(pair.orders), sharey=True, squeeze=False)[0]
+    for ax, order in zip(axes, pair.orders):
+        numbers, counts = trained(pair, order)
+        table = found[f"{order}-grams"] = {"different": len(numbers)}
         for size in sizes:
-            sized = EngramConfig(**{**vars(cfg), "rows": (size,) * len(cfg.orders), "blocks":
-                                    cfg.blocks[:1]})
-            hashed = Engram(sized, sized.blocks[0], 8, base, int(pair.engram.canonical[-1]),
+            sized = replace(cfg, rows=size, blocks=cfg.blocks[:1])
+            hashed = Engram(sized, sized.blocks[0], 8, pair.base, pair.pad,
                             lambda *shape: torch.empty(0, 1))       # the hash alone: no table
-            for name, value in shared(rows_of(hashed, grams, order, base), counts).items():
+            for name, value in shared(rows_of(hashed, numbers, order, pair.base), counts).items():
                 table.setdefault(name, []).append(value)
-    axes = figure.subplots(1, 2, sharey=True)
-    styles = {"rows": ("o-", "rows used that hold several"), "reads": ("^:", "reads of such rows"),
-              "all heads": ("s--", f"n-grams with company in all {cfg.heads} heads"),
-              "same in all": ("x-", "the same company in all")}
-    for ax, order in zip(axes, (o for o in cfg.orders if o > 1)):
-        table = found[f"{order}-grams"]
-        for (name, (mark, label)), colour in zip(styles.items(), (BLUE, "black", ORANGE, "grey")):
+        for (name, label), (colour, mark) in zip({
+                "rows": "rows used that hold several", "reads": "reads of such rows",
+                "all heads": f"n-grams with company in all {cfg.heads} heads",
+                "same in all": "the same company in all"}.items(), STYLES):
             ax.plot(sizes, table[name], mark, color=colour, label=label)
-        ax.axvline(cfg.rows[0], color="grey", lw=0.8)
-        ax.set(xscale="log", xlabel="rows per head (grey: this model)",
-               title=f"{table['different']:,} different {order}-grams")
-        ax.title.set_size(9)
+        ax.axvline(here, color="grey", lw=0.8)
+        ax.set(xscale="log", xlabel="rows per head (grey: this model)")
+        ax.set_title(f"{len(numbers):,} different {order}-grams", fontsize=9)
     axes[0].set(ylabel="share")
     axes[-1].legend(fontsize=8, loc="center left")
-    last, i = found[f"{cfg.orders[-1]}-grams"], sizes.index(cfg.rows[0])
-    return found, (f"At {cfg.rows[0]:,} rows per head {last['rows'][i]:.0%} of the rows used hold "
-                   f"several {cfg.orders[-1]}-grams, {last['all heads'][i]:.0%} of the n-grams "
-                   f"have company in all {cfg.heads} heads (at {sizes[-1]:,} rows "
-                   f"{last['all heads'][-1]:.1%}), {last['same in all'][i]:.2%} the same in all")
+    i = sizes.index(here)
+    return found, (f"At {here:,} rows per head {table['rows'][i]:.0%} of the rows used hold "
+                   f"several {order}-grams, {table['all heads'][i]:.0%} of the n-grams have company in all "
+                   f"{cfg.heads} heads (at {sizes[-1]:,} rows {table['all heads'][-1]:.1%}), "
+                   f"{table['same in all'][i]:.2%} the same in all")
 
 
 def shared(rows, counts):
@@ -231,44 +247,43 @@ def centred(groups, values):
 
 
 def explained(groups, values):
-    """The share of the values' variance that the group explains, adjusted for the number of groups
-    (a group of one explains nothing)."""
-    inner = (centred(groups, values) ** 2).sum() / (len(values) - len(np.unique(groups)))
+    """Of the tokens whose group has another member: the share of the values' variance that the
+    group explains, adjusted for the number of groups."""
+    _, group, size = np.unique(groups, return_inverse=True, return_counts=True)
+    groups, values = groups[size[group] > 1], values[size[group] > 1]
+    inner = (centred(groups, values) ** 2).sum() / (len(values) - (size > 1).sum())
     return float(1 - inner / values.var(ddof=1))
 
 
 def one_gate(pair):
     """What the gate (mean of the memory layers) does in one model -> results, and what to draw."""
-    data, canonical = pair.data, pair.engram.canonical.cpu().numpy()
-    cfg, base, pad = pair.engram.cfg.engram, int(canonical.max()) + 1, int(canonical[-1])
+    x, order = pair.data.val_x, pair.orders[-1]
     with watch(pair.engram) as seen:
         on = losses(pair, pair.engram)
     gate = sum(torch.cat([g for g, _ in layer]).cpu().double() for layer in seen).numpy()
-    gate /= len(seen)
-    gain = losses(pair, pair.engram, memory=False) - on
-    order, x = cfg.orders[-1], data.val_x
-    here = addresses(canonical[x], order, base, pad)
-    full = np.arange(x.shape[1])[None] >= order - 1 + np.zeros(x.shape, int)   # no padding in it
+    gate, gain = gate / len(seen), losses(pair, pair.engram, memory=False) - on
     result = {"mean": float(gate.mean()), "sd": float(gate.std())}
-    for n in (n for n in cfg.orders if n > 1):
-        grams, counts = trained(pair, n)
-        ours = addresses(canonical[x], n, base, pad)
-        times = look_up(grams, counts, ours)
-        own = look_up(grams, own_share(counts, rows_of(pair.engram.engrams()[0], grams, n, base)),
-                      ours)
-        result[f"{n}-grams"] = {
-            "by count": by_bucket(times, gate),
-            **{f"by own share, seen {name}": by_bucket(own[mask], gate[mask], SHARES)
-               for name, mask in (("1-9", (times > 0) & (times < 10)),
-                                  ("10-99", (times >= 10) & (times < 100)),
-                                  ("100 or more", times >= 100)) if mask.any()}}
-    view = SimpleNamespace(gate=gate[full], here=here[full], full=full, order=order, whole=gate,
-                           raw=addresses(x, order, len(data.bytes), 0)[full])
-    pairs = {"gate and gain": (view.gate, gain[full]),
-             "gate and gain within": [centred(view.here, v) for v in (view.gate, gain[full])]}
-    result.update({name: float(np.corrcoef(*ab)[0, 1]) for name, ab in pairs.items()})
-    result["by the n-gram"] = explained(view.here, view.gate)
-    result["by its writing too"] = explained(view.raw, view.gate)
+    for n in pair.orders:
+        numbers, counts = trained(pair, n)
+        ours = grams(pair, x, n)
+        times = look_up(numbers, counts, ours)
+        own = np.mean([own_share(counts, rows_of(engram, numbers, n, pair.base))
+                       for engram in pair.engram.engrams()], axis=0)
+        own, parts = look_up(numbers, own, ours), zip((1, 10, 100), (10, 100, math.inf))
+        result[f"{n}-grams"] = {"by count": by_bucket(times, gate), **{
+            f"by own share, seen {name}": by_bucket(own[mask], gate[mask], SHARES)
+            for name, (low, high) in zip(("1-9", "10-99", "100 or more"), parts)
+            for mask in [(times >= low) & (times < high)]}}
+    full = np.broadcast_to(np.arange(x.shape[1]) >= order - 1, x.shape)        # no padding in it
+    view = SimpleNamespace(whole=gate, gate=gate[full], full=full, order=order,
+                           here=grams(pair, x, order)[full],
+                           raw=addresses(x, order, len(pair.data.bytes), 0)[full])
+    both = {"gate and gain": (view.gate, gain[full]),
+            "gate and gain within": [centred(view.here, v) for v in (view.gate, gain[full])]}
+    result.update({name: float(np.corrcoef(*ab)[0, 1]) for name, ab in both.items()})
+    for name, group in (("by the token", pair.canonical[x][full]), ("by the n-gram", view.here),
+                        ("by its writing too", view.raw)):
+        result[name] = explained(group, view.gate)
     return result, view
 
 
@@ -301,6 +316,8 @@ def words(pair, seen, least):
 def gates(pairs, figure):
     """Where the gate opens: in a text, by how often an n-gram was seen, by who shares its rows, and
     for one n-gram in two contexts."""
+    if pairs[0].engram.cfg.engram.gate == "off":
+        fail("this model has no gate (--engram_gate off)")
     results, views = zip(*(one_gate(pair) for pair in pairs))
     pair, seen, found = pairs[0], views[0], {"pairs": len(pairs)}
     for key, value in results[0].items():
@@ -323,15 +340,13 @@ def gates(pairs, figure):
                    fontsize=9)
     paint(text, cells, low, high, 7.5)
     ax = figure.add_subplot(parts[1, 0])
-    for (n, colour, mark) in zip((n for n in pair.engram.cfg.engram.orders if n > 1),
-                                 (BLUE, ORANGE, "black"), ("o-", "s--", "^:")):
+    for n, (colour, mark) in zip(pair.orders, STYLES):
         points(ax, found[f"{n}-grams"]["by count"], colour, mark, f"{n}-grams")
     ax.set(xlabel="times training read the n-gram", ylabel="mean gate")
     ax.legend(fontsize=8)
     ax = figure.add_subplot(parts[1, 1], sharey=ax)
     last = found[f"{seen.order}-grams"]
-    for (name, table), colour, mark in zip([kv for kv in last.items() if "own" in kv[0]],
-                                           (BLUE, ORANGE, "black"), ("o-", "s--", "^:")):
+    for (name, table), (colour, mark) in zip([kv for kv in last.items() if "own" in kv[0]], STYLES):
         points(ax, table, colour, mark, name.split(", ")[1], SHARES)
     ax.set(xlabel=f"own share of the rows' reads ({seen.order}-grams)")
     ax.legend(fontsize=8)
@@ -341,10 +356,10 @@ def gates(pairs, figure):
     ax.set_yticks(range(len(shown)), [repr(s[2]).replace("$", r"\$") for s in shown], fontsize=7)
     ax.set(xlabel=f"mean gate ({seen.order}-grams seen >= {least}x)")
     return found, (f"The gate (mean {found['mean']['mean']:.2f}, sd {found['sd']['mean']:.2f}): "
-                   f"{found['by the n-gram']['mean']:.0%} of its variance is the n-gram, "
-                   f"{found['by its writing too']['mean']:.0%} with how it is written, the rest is "
-                   "wider context; it correlates with what the memory gains, "
-                   f"{says(found['gate and gain'])}, within an n-gram "
+                   f"the token explains {found['by the token']['mean']:.1%} of its variance, the "
+                   f"{seen.order}-gram {found['by the n-gram']['mean']:.1%}, as written "
+                   f"{found['by its writing too']['mean']:.1%}, wider context the rest; "
+                   f"correlation with what the memory gains {says(found['gate and gain'])}, within an n-gram "
                    f"{says(found['gate and gain within'])}")
 
 
@@ -382,7 +397,7 @@ def logitlens(pairs, figure):
     ax = figure.subplots()
     for name, colour, mark, label in (("engram", BLUE, "o-", "Engram"),
                                       ("moe", ORANGE, "s--", "MoE-only twin")):
-        points(ax, dict(zip("0123456789", found[name])), colour, mark, label,
+        points(ax, dict(zip(map(str, layers), found[name])), colour, mark, label,
                [(i, str(i)) for i in layers])
     ax.set(ylabel="KL(final || block), nats per token", xlabel="output of block")
     ax.legend()
@@ -410,8 +425,8 @@ def main(argv=None):
     pairs = [load_pair(out, args.name in ("knockout", "logitlens")) for out in args.out_dir]
     if len({pair.cfg.seed for pair in pairs}) < len(pairs):
         fail(f"{', '.join(args.out_dir)}: two are of one seed, and would count twice")
-    if len({str(pair.engram.cfg) + pair.data.meta["tokenizer"]["sha256"] for pair in pairs}) > 1:
-        fail(f"{', '.join(args.out_dir)} are of different shapes or tokenizers: one at a time")
+    if len({json.dumps({**pair.run, "seed": 0}) for pair in pairs}) > 1:
+        fail(f"{', '.join(args.out_dir)} differ in more than their seed: one at a time")
     figure = Figure(figsize=(10, 6) if args.name == "gates" else (8, 4), layout="constrained")
     found, title = ANALYSES[args.name](pairs, figure)
     figure.suptitle("\n".join(textwrap.wrap(title, 100)), fontsize=10)

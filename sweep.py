@@ -1,13 +1,14 @@
 """
 Experiments of many runs: train what is missing, then a table and a figure. Optional reading.
 
-    python sweep.py allocation                   # how much to experts, how much to memory?
-    python sweep.py controls --seeds 8 --arms token bigrams        # more seeds where undecided
+    python sweep.py allocation --results mine    # how much to experts, how much to memory?
+    python sweep.py controls --results mine --seeds 8 --arms token bigrams    # where undecided
     python sweep.py memory --plot                # from results/memory.json again, no training
 
 The idea: a run is named by a hash of all that makes it (flags, seed, data, torch, machine), goes
 through train.py as a user's would, and is kept under runs/. What one sweep has trained no other
-trains again, and an interrupted one goes on where it was. After a change to the code delete runs/.
+trains again, and an interrupted one goes on where it was. After a change to the code delete runs/
+and results/NAME.json (each run holds its commit).
 """
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -18,6 +19,10 @@ import os
 import statistics
 import subprocess
 import sys
+import textwrap
+
+import numpy as np
+import torch
 
 from prepare_data import Data, Offline, fail, load, lock, prepare, script, write_whole
 from sample import crossing, device_name, interval, load_checkpoint, read_log, token_losses
@@ -45,13 +50,13 @@ def sweeps(steps=None):
     small, twins = dict(base=SMALL, steps=n), dict(
         base=LAPTOP, steps=steps or 1200, evaluations=8, reference="moe", say=say_twins,
         curve="val_loss")
-    rates = dict(reference="moe 0.004", say=say_arms, first=TUNING_SEED, seeds=1, arms={
+    rates = dict(reference="moe 0.004", say=say_rates, first=TUNING_SEED, seeds=1, arms={
         f"{model} {lr}": (f"{flags} --lr {lr}", f"{title}, rate {lr}")
         for model, (flags, title) in BOTH.items() for lr in ("0.002", "0.004", "0.008")})
     more = {"": "", ", 4 x the tokens": f" --steps {4 * n}",
-            ", a quarter of them 4 times": f" --train_tokens {max(1, n // 4) * 1024}"}
+            ", a quarter of them 4 times": f" --train_tokens {n // 4 * 1024 + 1}"}
     arms = lambda *rows: {name: (ENGRAM + flags, *title) for name, flags, *title in rows}
-    of_four = " --engram_orders 2 3 4 --engram_width 11"        # as wide in all as orders 2 and 3
+    of_four = " --engram_orders 2 3 4 --engram_width 11"   # d_mem 132, of orders 2 and 3: 128
     return {
         "twins": dict(twins, arms={
             **BOTH, "fewer": (f"{MOE} --n_expert 6", "MoE-only, 3/4 of the experts"),
@@ -92,15 +97,15 @@ def sweeps(steps=None):
         "placement": dict(small, reference="1", say=say_arms, arms=arms(*(
             (blocks, f" --engram_blocks {blocks}", f"in block {blocks}")
             for blocks in ("0", "1", "2", "3", "1 3", "0 1 2")))),
-        "data": dict(small, reference="moe", say=say_arms, arms={
+        "data": dict(small, reference="moe", say=say_data, arms={
             model + what: (flags + flag, title + what) for what, flag in more.items()
             for model, (flags, title) in BOTH.items()})}
 
 
 def share(header):
     """rho as it was reached: the routed experts' part of P_sparse."""
-    shape, kinds = header["shape"], header["parameters_by_kind"]
-    idle = kinds["routed experts"] * (1 - shape["top_k"] / shape["n_expert"])
+    shape, count = header["shape"], header["parameters_by_kind"]
+    idle = count["routed experts"] * (1 - shape["top_k"] / shape["n_expert"])
     return idle / header["accounting"]["P_sparse"]
 
 
@@ -112,15 +117,18 @@ def height(header):
 
 def settle(kind, dataset):
     """-> what all runs of a sweep share, the data being prepared; it goes into their hashes."""
-    import torch
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = kind["base"].split("--data_dir ")[1].split()[0]
+    folder, vocab = kind["base"].split("--data_dir ")[1].split()[0], 4096
+    if kind["base"] == SMALL:
+        vocab = 1024
     if not (Path(folder) / dataset / "meta.json").exists():
         try:
-            prepare(dataset, data_dir=folder, vocab_size=4096 if kind["base"] == LAPTOP else 1024)
+            prepare(dataset, data_dir=folder, vocab_size=vocab)
         except Offline as error:
             fail(error)
     meta = load(dataset, folder)[0]
+    if meta["vocab_size"] > vocab:
+        fail(f"{folder}/{dataset} has {meta['vocab_size']} token ids, more than {vocab}: delete it")
     every = -(-kind["steps"] // kind.get("evaluations", 4))
     return {"flags": f"{kind['base']} --device {device} --dataset {dataset} --steps "
                      f"{kind['steps']} --eval_every {every}",
@@ -134,8 +142,8 @@ def home(settings, flags, seed):
     return Path("runs") / hashlib.sha256(known.encode()).hexdigest()[:12]
 
 
-def finished(settings, seed, flags, title="", again=None):
-    """-> the run as it stands in results/NAME.json, or None."""
+def finished(settings, flags, seed, again=None):
+    """-> the run as it stands in results/NAME.json, or None. again: evaluated once more, so."""
     out = home(settings, flags, seed)
     if not (run := read_log(out / flags.split()[1] / "log.jsonl")):
         return None
@@ -146,16 +154,16 @@ def finished(settings, seed, flags, title="", again=None):
     if again:
         if not (out / "after.json").exists():
             return None
-        losses = json.loads((out / "after.json").read_text())
-        records = [{**records[-1], "val_loss": losses[again], "val_bpb": None}]
-    return {"seed": seed, "header": header, "records": records}
+        end, loss = records[-1], json.loads((out / "after.json").read_text())[again]
+        records = [{**end, "val_loss": loss, "val_bpb": end["val_bpb"] * loss / end["val_loss"]}]
+    return {"flags": flags, "seed": seed, "header": header, "records": records}
 
 
-def train(settings, flags, seed):
+def run_one(settings, flags, seed):
     """Train one run, or finish it: one thread on a CPU. Then, with a memory, evaluate it anew."""
     out, model = home(settings, flags, seed), flags.split()[1]
     out.mkdir(parents=True, exist_ok=True)
-    if not finished(settings, seed, flags):
+    if not finished(settings, flags, seed):
         resume = ["--resume"] * (out / model / "ckpt.pt").exists()
         with open(out / "printed.txt", "w") as printed:
             done = subprocess.run(
@@ -173,7 +181,6 @@ def train(settings, flags, seed):
 def after(out):
     """-> the loss of a finished run with its memory off, and with its rows shuffled within each
     head's own part of the table: right sizes and statistics, wrong addresses."""
-    import torch
     from train import Config, autocast
     saved, model = load_checkpoint(out / "engram" / "ckpt.pt")
     cfg = Config(**saved["header"]["config"])
@@ -189,12 +196,15 @@ def after(out):
     return {"off": off, "shuffled": loss(True)}
 
 
-def collect(path, name, settings, arms):
+def collect(path, name, settings, kind):
     """Write all runs of this sweep that are finished: those in the file, and those under runs/."""
-    runs = {(r["arm"], r["seed"]): r for r in (read(path)["runs"] if path.exists() else [])}
-    for arm, what in arms.items():
-        for seed in range(TUNING_SEED, TUNING_SEED + 64):
-            if (arm, seed) not in runs and (run := finished(settings, seed, *what)):
+    runs, first = {}, kind.get("first", FIRST_SEED)
+    for run in read(path)["runs"] if path.exists() else []:
+        if run["flags"] == kind["arms"].get(run["arm"], [None])[0]:
+            runs[run["arm"], run["seed"]] = run
+    for arm, (flags, _, *again) in kind["arms"].items():
+        for seed in range(first, first + 64):
+            if (arm, seed) not in runs and (run := finished(settings, flags, seed, *again)):
                 runs[arm, seed] = {"arm": arm, **run}
     lines = ",\n".join(json.dumps(run) for run in runs.values())
     text = f'{{"name": "{name}", "settings": {json.dumps(settings)}, "runs": [\n{lines}\n]}}\n'
@@ -212,7 +222,7 @@ def run_all(path, name, kind, args):
              "another folder")
     if unknown := [arm for arm in args.arms or () if arm not in kind["arms"]]:
         fail(f"{name} has no arm {', '.join(unknown)}: choose from {', '.join(kind['arms'])}")
-    have = collect(path, name, settings, kind["arms"])
+    have = collect(path, name, settings, kind)
     first = kind.get("first", FIRST_SEED)
     wanted = {kind["reference"], *(args.arms or kind["arms"])}
     todo = {(flags, seed): None            # a dict: an arm evaluated once more is one run
@@ -220,12 +230,12 @@ def run_all(path, name, kind, args):
             for arm, (flags, *_) in kind["arms"].items()
             if arm in wanted and (arm, seed) not in have}
     workers = 1 if "--device cuda" in settings["flags"] else 2
-    with ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(train, settings, *run) for run in todo]
+    with lock(Path("runs")), ThreadPoolExecutor(workers) as pool:
+        jobs = [pool.submit(run_one, settings, *run) for run in todo]
         try:
             for job in tqdm(as_completed(jobs), name, len(jobs), unit="run", smoothing=0):
                 job.result()
-                collect(path, name, settings, kind["arms"])
+                collect(path, name, settings, kind)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -234,7 +244,8 @@ def read(path):
     """-> the content of results/NAME.json."""
     try:
         saved = json.loads(path.read_text())
-        saved["settings"]["flags"], [r["records"][-1]["val_loss"] for r in saved["runs"]]
+        [(run["flags"], run["records"][-1]["val_loss"]) for run in saved["runs"]]
+        saved["settings"]["flags"]
         return saved
     except FileNotFoundError:
         fail(f"there is no {path}: run without --plot")
@@ -248,19 +259,19 @@ def last(run, key="val_loss"):
     return run["records"][-1][key]
 
 
-def gaps(runs, arm, other, value=last):
-    """-> value of arm - value of other for each seed that both have."""
-    return [value(run) - value(runs[other][seed]) for seed, run in runs[arm].items()
+def gaps(runs, arm, other):
+    """-> last loss of arm - that of other for each seed that both have."""
+    return [last(run) - last(runs[other][seed]) for seed, run in runs[arm].items()
             if seed in runs.get(other, ())]
 
 
 def verdict(values):
-    """-> "-0.050 ± 0.020, lower": the mean and its interval, and what it shows."""
+    """-> "-0.050 ± 0.020 (n=3), lower": the mean and its interval, and what it shows."""
     if len(values) < 2:
-        return f"{values[0]:+.3f}, n=1" if values else "-"
+        return f"{values[0]:+.3f}, n=1" if values else "no pair"
     mean, half = interval(values)
     shows = "undecided" if abs(mean) <= half else "lower" if mean < 0 else "higher"
-    return f"{mean:+.3f} ± {half:.3f}, {shows}"
+    return f"{mean:+.3f} ± {half:.3f} (n={len(values)}), {shows}"
 
 
 def table(kind, runs):
@@ -272,10 +283,10 @@ def table(kind, runs):
         sd = f" ({statistics.stdev(losses):.3f})" if len(losses) > 1 else ""
         against = "reference" if arm == kind["reference"] else \
             verdict(gaps(runs, arm, kind["reference"]))
-        bpb = [last(run, "val_bpb") for run in seeds.values()]
+        bpb = statistics.mean(last(run, "val_bpb") for run in seeds.values())
         lines.append(f"| {kind['arms'][arm][1]} | {count['P_tot']:,} | {count['P_act']:,} | "
                      f"{len(seeds)} | {statistics.mean(losses):.3f}{sd} | {against} | "
-                     f"{'-' if None in bpb else f'{statistics.mean(bpb):.3f}'} |")
+                     f"{bpb:.3f} |")
     return lines
 
 
@@ -286,19 +297,35 @@ def say_arms(kind, runs):
     found = {arm: verdict(gaps(runs, arm, kind["reference"])) for arm in runs
              if arm != kind["reference"]}
     lists = {word: [arm for arm, text in found.items() if text.endswith(word)]
-             for word in ("higher", "lower", "undecided", "n=1")}
+             for word in ("higher", "lower", "undecided", "n=1", "no pair")}
     return f"against {kind['arms'][kind['reference']][1]}: " + "; ".join(
         f"{word}: {', '.join(arms)}" for word, arms in lists.items() if arms)
 
 
+def say_rates(kind, runs):
+    mean = lambda arm: statistics.mean(map(last, runs[arm].values()))
+    arms = [[arm for arm in runs if arm.startswith(model)] for model in BOTH]
+    return f"lowest: {', '.join(min(of, key=mean) for of in arms if of)}"
+
+
+def say_data(kind, runs):
+    """Engram minus the twin that saw the same tokens."""
+    return "Engram minus twin: " + "; ".join(
+        f"{kind['arms'][arm][1][6:].strip(', ') or 'as always'}: "
+        f"{verdict(gaps(runs, arm, arm.replace('engram', 'moe')))}"
+        for arm in runs if arm.startswith("engram"))
+
+
 def say_twins(kind, runs):
     """Where Engram's curve passes the twin's last loss."""
-    at = [crossing(run["records"], last(runs["moe"][seed]))[0] / last(runs["moe"][seed], "tokens")
-          for seed, run in runs["engram"].items() if seed in runs["moe"]
-          and last(run) <= last(runs["moe"][seed])]
-    return (f"Engram minus twin {verdict(gaps(runs, 'engram', 'moe'))}; twin's loss reached in "
-            f"{len(at)} of {len(runs['moe'])}" + (f", at {statistics.mean(at):.0%} of the tokens"
-                                                  if at else ""))
+    pairs = [(run["records"], runs["moe"][seed]) for seed, run in runs.get("engram", {}).items()
+             if seed in runs["moe"]]
+    at = [place[0] / last(twin, "tokens") for records, twin in pairs
+          if (place := crossing(records, last(twin)))]
+    return "not finished" if not pairs else (
+        f"Engram minus twin {verdict(gaps(runs, 'engram', 'moe'))}; twin's loss reached in "
+        f"{len(at)} of {len(pairs)}" + (f", at {statistics.mean(at):.0%} of the tokens" if at
+                                       else ""))
 
 
 def say_allocation(kind, runs):
@@ -327,22 +354,26 @@ def say_memory(kind, runs):
 
 def slope(rows, losses):
     """Of the least-squares line through (log2 rows, loss)."""
-    import numpy as np
     return float(np.polyfit(np.log2(rows), losses, 1)[0])
 
 
 def say_jump(kind, runs):
     """How many tokens until copyable tokens cost 1 nat less than at the first evaluation."""
+    if runs.keys() < BOTH.keys():
+        return "not finished"
+
     def jumped(run):
         at = crossing(run["records"], run["records"][0]["copy3_loss"] - 1, "copy3_loss")
         return at and at[0] / 1e6
+
     ends = {arm: {seed: jumped(run) for seed, run in runs[arm].items()} for arm in runs}
-    both = [ends["engram"][s] - ends["moe"][s] for s in ends["moe"]
-            if ends["engram"].get(s) and ends["moe"][s]]
-    done = {arm: [f"{at:.1f}" if at else "never" for at in seeds.values()]
+    seeds = ends["engram"].keys() & ends["moe"].keys()
+    both = [ends["engram"][s] - ends["moe"][s] for s in seeds
+            if ends["engram"][s] and ends["moe"][s]]
+    done = {arm: ", ".join(f"{at:.1f}" if at else "never" for at in seeds.values())
             for arm, seeds in ends.items()}
-    return (f"a nat gained after, in M tokens: Engram {', '.join(done['engram'])}; twin "
-            f"{', '.join(done['moe'])}; difference {verdict(both)}")
+    return (f"a nat gained after, in M tokens: Engram {done['engram']}; twin {done['moe']}; both "
+            f"in {len(both)} of {len(seeds)} pairs, difference {verdict(both)}")
 
 
 # ---- pictures -----------------------------------------------------------------------------------
@@ -371,7 +402,8 @@ def draw_arms(axes, kind, runs):
     along x if the sweep has one, else a row an arm."""
     (name, of), arms = kind.get("x", ("", None)), [arm for arm in runs if arm != kind["reference"]]
     for i, arm in enumerate(runs if of else arms):
-        values = gaps(runs, arm, kind["reference"])
+        if not (values := gaps(runs, arm, kind["reference"])):
+            continue
         at = of(next(iter(runs[arm].values()))["header"]) if of else -i
         mean, half = interval(values)
         dots, bar = ([at] * len(values), values), (at, mean)
@@ -392,7 +424,6 @@ def draw_arms(axes, kind, runs):
 
 def draw(path, kind, runs, finding):
     from matplotlib.figure import Figure
-    import textwrap
     figure = Figure(figsize=(7.5, 4.5), layout="tight")
     axes = figure.subplots()
     (draw_curves if "curve" in kind else draw_arms)(axes, kind, runs)
@@ -426,7 +457,7 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("name", help=", ".join(sweeps()))
-    add("--seeds", type=int, help="per arm, from 11 on (default: 3, of rates 1)")
+    add("--seeds", type=int, help="per arm (default: 3, of rates 1)")
     add("--arms", nargs="+", help="train these alone, and the reference (default: all)")
     add("--steps", type=int, help="per run (default: the sweep's own)")
     add("--dataset", default="python", help="prepared if need be (default: %(default)s)")

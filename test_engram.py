@@ -1642,8 +1642,8 @@ def test_pairs_are_of_one_seed():
     runs = {"a": ending(3.0, 5.0, 9.0), "b": dict(reversed(ending(2.0, 0.0, 8.5).items()))}
     del runs["b"][2]
     assert sweep.gaps(runs, "a", "b") == [1.0, 0.5] and sweep.gaps(runs, "a", "c") == []
-    assert sweep.verdict([1.0, 0.5]) == "+0.750 ± 3.176, undecided"
-    assert sweep.verdict([0.75, 0.76, 0.74]) == "+0.750 ± 0.025, higher"
+    assert sweep.verdict([1.0, 0.5]) == "+0.750 ± 3.176 (n=2), undecided"
+    assert sweep.verdict([0.75, 0.76, 0.74]) == "+0.750 ± 0.025 (n=3), higher"
     assert sweep.verdict([-1.0, -1.1]).endswith("lower") and sweep.verdict([0.5]) == "+0.500, n=1"
 
 
@@ -1668,7 +1668,7 @@ def test_what_a_sweep_says():
     said = sweep.say_jump(None, {"engram": curve(7, 6.5, 5.5), "moe": curve(7, 6.8, 6.4, 5.6)})
     assert "Engram 2.5" in said and "twin 3.5" in said and "-1.000, n=1" in said
     said = sweep.say_jump(None, {"engram": curve(7, 6.9), "moe": curve(7, 6)})
-    assert "Engram never" in said and "difference -" in said
+    assert "Engram never" in said and "both in 0 of 1 pairs, difference no pair" in said
 
 
 def test_rho_reached():
@@ -1908,10 +1908,10 @@ def test_every_analysis_runs(trained, corpus, tmp_path, capsys, name):
     """From two pairs of checkpoints to JSON and picture; one seed taken for two."""
     run(*corpus, *TINY, "--seed", 1, "--out_dir", tmp_path / "b")
     capsys.readouterr()
-    analyze.main([name, "--out_dir", str(trained), str(tmp_path / "b"), "--results",
-                  str(tmp_path)])
+    outs = [str(trained), str(tmp_path / "b")][:1 if name == "collisions" else 2]
+    analyze.main([name, "--out_dir", *outs, "--results", str(tmp_path)])
     found = json.loads((tmp_path / f"{name}.json").read_text())
-    assert found["finding"] in capsys.readouterr().out and found["seeds"] == [0, 1]
+    assert found["finding"] in capsys.readouterr().out and found["seeds"] == list(range(len(outs)))
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
     if name == "knockout":
         records = [log(out, model)[-1]["val_loss"] for out in (trained, tmp_path / "b")
@@ -1921,6 +1921,8 @@ def test_every_analysis_runs(trained, corpus, tmp_path, capsys, name):
         assert sum(v["values"][0] for v in tokens.values()) == 256
     argv = [name, "--results", tmp_path, "--out_dir", trained]
     assert "of one seed" in refused(capsys, analyze.main, *argv, trained)
+    if name == "collisions":
+        assert "give one --out_dir" in refused(capsys, analyze.main, *argv, tmp_path / "b")
     assert "no checkpoint" in refused(capsys, analyze.main, *argv, tmp_path / "none")
 
 
@@ -1931,13 +1933,17 @@ def test_checkpoints_that_are_no_twins(trained, corpus, tmp_path, capsys):
     path, argv = tmp_path / "out" / "moe" / "ckpt.pt", ["knockout", "--out_dir", tmp_path / "out"]
     saved = load_checkpoint(path)[0]
     torch.save({**saved, "tokenizer": {**saved["tokenizer"], "sha256": "0"}}, path)
-    assert "different tokenizers" in refused(capsys, analyze.main, *argv)
+    assert "they differ in tokenizer (" in refused(capsys, analyze.main, *argv)
     torch.save({**saved, "step": 8}, path)
-    assert "different numbers of steps" in refused(capsys, analyze.main, *argv)
+    assert "they differ in step (12, 8)" in refused(capsys, analyze.main, *argv)
     path = tmp_path / "out" / "engram" / "ckpt.pt"
     saved = load_checkpoint(path)[0]
     torch.save({**saved, "run": {**saved["run"], "val": "0"}}, path)
     assert "is not what" in refused(capsys, analyze.main, "gates", *argv[1:])
+    for flags, part in (("--engram_gate off", "no gate"), ("--engram_orders 1", "order above 1")):
+        out = tmp_path / flags.split()[0][2:]
+        run(*corpus, *TINY, "--model", "engram", "--out_dir", out, *flags.split())
+        assert part in refused(capsys, analyze.main, "gates", "--out_dir", out)
 
 
 # ---- what stands in the README ------------------------------------------------------------------
