@@ -422,6 +422,8 @@ def main(argv=None):
         fail(f"there is no analysis {args.name}: choose from {', '.join(ANALYSES)}")
     from matplotlib.figure import Figure
     import textwrap
+    path = Path(args.results) / f"{args.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     pairs = [load_pair(out, args.name in ("knockout", "logitlens")) for out in args.out_dir]
     if len({pair.cfg.seed for pair in pairs}) < len(pairs):
         fail(f"{', '.join(args.out_dir)}: two are of one seed, and would count twice")
@@ -430,8 +432,6 @@ def main(argv=None):
     figure = Figure(figsize=(10, 6) if args.name == "gates" else (8, 4), layout="constrained")
     found, title = ANALYSES[args.name](pairs, figure)
     figure.suptitle("\n".join(textwrap.wrap(title, 100)), fontsize=10)
-    path = Path(args.results) / f"{args.name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     of_run = ("command", "commit", "torch", "device")
     result = {"finding": title, "seeds": [pair.cfg.seed for pair in pairs],
               "runs": [{k: pair.header[k] for k in of_run} for pair in pairs], **found}

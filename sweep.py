@@ -30,7 +30,7 @@ from sample import crossing, device_name, interval, load_checkpoint, read_log, t
 HERE = Path(__file__).resolve().parent
 TUNING_SEED, FIRST_SEED = 10, 11        # the first is for rates and trials, and for nothing else
 LAPTOP = "--preset laptop --dtype bfloat16 --data_dir data"
-# a small shape in which experts earn their keep (LOG.md); a BPE of 1,024 tokens
+# small, so that experts should earn their keep (LOG.md: do they?); a BPE of 1,024 tokens
 SMALL = ("--preset laptop --dtype float32 --data_dir data/v1024 --n_embd 64 --n_head 2 "
          "--n_expert 32 --expert_hidden 64 --shared_hidden 64 --tokens_per_step 1024 "
          "--batch_size 4 --eval_tokens 32768")
@@ -95,7 +95,7 @@ def sweeps(steps=None):
             ("v4.1", of_four + " --engram_conv_kernel 0 --engram_stop_at_eot --no-engram_bias",
              "DeepSeek-V4.1's variant"))),
         "placement": dict(small, reference="1", say=say_arms, arms=arms(*(
-            (blocks, f" --engram_blocks {blocks}", f"in block {blocks}")
+            (blocks, f" --engram_blocks {blocks}" * (blocks != "1"), f"in block {blocks}")
             for blocks in ("0", "1", "2", "3", "1 3", "0 1 2")))),
         "data": dict(small, reference="moe", say=say_data, arms={
             model + what: (flags + flag, title + what) for what, flag in more.items()
