@@ -298,7 +298,7 @@ def say_arms(kind, runs):
              if arm != kind["reference"]}
     lists = {word: [arm for arm, text in found.items() if text.endswith(word)]
              for word in ("higher", "lower", "undecided", "n=1", "no pair")}
-    return f"against {kind['arms'][kind['reference']][1]}: " + "; ".join(
+    return f"loss against that of {kind['arms'][kind['reference']][1]}: " + "; ".join(
         f"{word}: {', '.join(arms)}" for word, arms in lists.items() if arms)
 
 
@@ -424,10 +424,10 @@ def draw_arms(axes, kind, runs):
 
 def draw(path, kind, runs, finding):
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(7.5, 4.5), layout="tight")
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
     (draw_curves if "curve" in kind else draw_arms)(axes, kind, runs)
-    axes.set_title("\n".join(textwrap.wrap(finding, 85)), fontsize=9)
+    figure.suptitle("\n".join(textwrap.wrap(finding, 95)), fontsize=9)
     figure.savefig(path.with_suffix(".png"), dpi=110)
 
 
