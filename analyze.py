@@ -211,8 +211,8 @@ def collisions(pairs, figure):
     axes[-1].legend(fontsize=8, loc="center left")
     i = sizes.index(here)
     return found, (f"At {here:,} rows per head {table['rows'][i]:.0%} of the rows used hold "
-                   f"several {order}-grams, {table['all heads'][i]:.0%} of the n-grams have company in all "
-                   f"{cfg.heads} heads (at {sizes[-1]:,} rows {table['all heads'][-1]:.1%}), "
+                   f"several {order}-grams, {table['all heads'][i]:.0%} of the n-grams have "
+                   f"company in all {cfg.heads} heads (at {sizes[-1]:,} rows {table['all heads'][-1]:.1%}), "
                    f"{table['same in all'][i]:.2%} the same in all")
 
 
@@ -359,8 +359,8 @@ def gates(pairs, figure):
                    f"the token explains {found['by the token']['mean']:.1%} of its variance, the "
                    f"{seen.order}-gram {found['by the n-gram']['mean']:.1%}, as written "
                    f"{found['by its writing too']['mean']:.1%}, wider context the rest; "
-                   f"correlation with what the memory gains {says(found['gate and gain'])}, within an n-gram "
-                   f"{says(found['gate and gain within'])}")
+                   f"correlation with what the memory gains {says(found['gate and gain'])}, "
+                   f"within an n-gram {says(found['gate and gain within'])}")
 
 
 # ---- logitlens ----------------------------------------------------------------------------------

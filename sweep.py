@@ -80,8 +80,9 @@ def sweeps(steps=None):
                 ("ungated", " --engram_gate off", "no gate"),
                 ("shuffled", "", "rows shuffled at inference", "shuffled"),
                 ("off", "", "memory off at inference", "off"))}),
-        "jump": dict(base=LAPTOP.replace("bfloat16", "float32"), steps=steps or 4800, evaluations=32,
-                     reference="moe", say=say_jump, curve="copy3_loss", arms=BOTH),
+        "jump": dict(base=LAPTOP.replace("bfloat16", "float32"), steps=steps or 4800,
+                     evaluations=32, reference="moe", say=say_jump, curve="copy3_loss",
+                     arms=BOTH),
         "memory": dict(small, reference=f"{ROWS[0]}", say=say_memory, x=("rows per head", height),
                        arms=arms(*((f"{rows}", f" --engram_rows {rows}", f"{rows:,} rows per head")
                                    for rows in ROWS))),
