@@ -212,7 +212,8 @@ def collisions(pairs, figure):
     i = sizes.index(here)
     return found, (f"At {here:,} rows per head {table['rows'][i]:.0%} of the rows used hold "
                    f"several {order}-grams, {table['all heads'][i]:.0%} of the n-grams have "
-                   f"company in all {cfg.heads} heads (at {sizes[-1]:,} rows {table['all heads'][-1]:.1%}), "
+                   f"company in all {cfg.heads} heads (at {sizes[-1]:,} rows "
+                   f"{table['all heads'][-1]:.1%}), "
                    f"{table['same in all'][i]:.2%} the same in all")
 
 
