@@ -631,8 +631,9 @@ def find(name, default, data_dir="data"):
 
 
 class Data:
-    """Token sequences of a prepared data set: one pass in an order set by the seed, a validation
-    set that never changes, and what is known about its tokens. Arrays [n, T], of int64 ids."""
+    """Token sequences of a prepared data set: one pass in an order set by the seed (of train_tokens
+    as many as the steps ask, each in its own order), a validation set that never changes, and what
+    is known about its tokens. Arrays [n, T], of int64 ids."""
 
     def __init__(self, cfg, T):
         """cfg: train.Config, whose steps are capped here; T: tokens a sequence."""

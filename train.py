@@ -14,7 +14,6 @@ from pathlib import Path
 import argparse
 import json
 import math
-import os
 import platform
 import shlex
 import sys
