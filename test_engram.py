@@ -1663,7 +1663,7 @@ def test_what_a_sweep_says():
     slow = sum((math.log2(a) - mean([2, 6, 10])) * (b - mean(y)) for a, b in zip(x, y)) / \
         sum((k - 6) ** 2 for k in (2, 6, 10))
     assert sweep.slope(x, y) == pytest.approx(slow)
-    curve = lambda *v: {1: {"records": [{"copy3_loss": c, "tokens": i * 1e6, "seconds": i}
+    curve = lambda *v: {1: {"records": [{"copy_loss": c, "tokens": i * 1e6, "seconds": i}
                                         for i, c in enumerate(v, 1)]}}
     said = sweep.say_jump(None, {"engram": curve(7, 6.5, 5.5), "moe": curve(7, 6.8, 6.4, 5.6)})
     assert "Engram 2.5" in said and "twin 3.5" in said and "-1.000, n=1" in said
