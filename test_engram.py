@@ -1688,7 +1688,7 @@ def tiny_sweeps(corpus, tmp_path, monkeypatch):
     """Every sweep at toy size, in an empty folder, without a new process a run."""
     base = " ".join([*TINY, "--data_dir", corpus[3], "--n_expert", "12", "--n_layer",
                      "4", "--shared_hidden", "256", "--eval_tokens", "2048"])
-    for name in ("LAPTOP", "SMALL"):
+    for name in ("LAPTOP", "JUMP", "SMALL"):
         monkeypatch.setattr(sweep, name, base)
     monkeypatch.setattr(sweep, "ROWS", [8, 32, 128])
     wide = {"0.9": 256, "0.75": 64, "0.5": 257, "0.25": 258, "0": 259}
