@@ -30,7 +30,7 @@ from sample import crossing, device_name, interval, load_checkpoint, read_log, t
 HERE = Path(__file__).resolve().parent
 TUNING_SEED, FIRST_SEED = 10, 11        # the first is for rates and trials, and for nothing else
 LAPTOP = "--preset laptop --dtype bfloat16 --data_dir data"
-# two heads, as wide as four blocks allow: with four of half the width copying forms later (LOG.md)
+# in-context copying forms within the 4.9M tokens of this sweep (LOG.md)
 JUMP = LAPTOP.replace("bfloat16", "float32") + " --n_head 2 --eval_tokens 32768"
 # small, so that experts should earn their keep (LOG.md: do they?); a BPE of 1,024 tokens
 SMALL = ("--preset laptop --dtype float32 --data_dir data/v1024 --n_embd 64 --n_head 2 "
