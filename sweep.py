@@ -360,22 +360,26 @@ def slope(rows, losses):
 
 
 def say_jump(kind, runs):
-    """How many tokens until copyable tokens cost 1 nat less than at the first evaluation."""
-    if runs.keys() < BOTH.keys():
+    """How many tokens until copyable tokens cost 1 nat less than at the first evaluation; and what
+    they cost where Engram is no better than the twin ends: at its last validation loss."""
+    pairs = [(run["records"], runs["moe"][seed]["records"]) for seed, run in
+             runs.get("engram", {}).items() if seed in runs["moe"]]
+    if not pairs:
         return "not finished"
 
-    def jumped(run):
-        at = crossing(run["records"], run["records"][0]["copy_loss"] - 1, "copy_loss")
+    def jumped(records):
+        at = crossing(records, records[0]["copy_loss"] - 1, "copy_loss")
         return at and at[0] / 1e6
 
-    ends = {arm: {seed: jumped(run) for seed, run in runs[arm].items()} for arm in runs}
-    seeds = ends["engram"].keys() & ends["moe"].keys()
-    both = [ends["engram"][s] - ends["moe"][s] for s in seeds
-            if ends["engram"][s] and ends["moe"][s]]
-    done = {arm: ", ".join(f"{at:.1f}" if at else "never" for at in seeds.values())
-            for arm, seeds in ends.items()}
-    return (f"a nat gained after, in M tokens: Engram {done['engram']}; twin {done['moe']}; both "
-            f"in {len(both)} of {len(seeds)} pairs, difference {verdict(both)}")
+    ends = [[jumped(records) for records in pair] for pair in pairs]
+    both = [engram - moe for engram, moe in ends if engram and moe]
+    equal = [float(np.interp(at[0], *zip(*((r["tokens"], r["copy_loss"]) for r in engram))))
+             - moe[-1]["copy_loss"] for engram, moe in pairs
+             if (at := crossing(engram, moe[-1]["val_loss"]))]
+    engram, moe = (", ".join(f"{at:.1f}" if at else "never" for at in one) for one in zip(*ends))
+    return (f"a nat gained after, in M tokens: Engram {engram}; twin {moe}; both in {len(both)} of "
+            f"{len(pairs)} pairs, difference {verdict(both)}; copyable tokens at the twin's last "
+            f"loss, Engram minus twin: {verdict(equal)}")
 
 
 # ---- pictures -----------------------------------------------------------------------------------
