@@ -248,11 +248,9 @@ def centred(groups, values):
 
 
 def explained(groups, values):
-    """Of the tokens whose group has another member: the share of the values' variance that the
-    group explains, adjusted for the number of groups."""
-    _, group, size = np.unique(groups, return_inverse=True, return_counts=True)
-    groups, values = groups[size[group] > 1], values[size[group] > 1]
-    inner = (centred(groups, values) ** 2).sum() / (len(values) - (size > 1).sum())
+    """The share of the values' variance that the group explains, adjusted for the number of groups;
+    each has several members."""
+    inner = (centred(groups, values) ** 2).sum() / (len(values) - len(np.unique(groups)))
     return float(1 - inner / values.var(ddof=1))
 
 
@@ -282,9 +280,12 @@ def one_gate(pair):
     both = {"gate and gain": (view.gate, gain[full]),
             "gate and gain within": [centred(view.here, v) for v in (view.gate, gain[full])]}
     result.update({name: float(np.corrcoef(*ab)[0, 1]) for name, ab in both.items()})
-    for name, group in (("by the token", pair.canonical[x][full]), ("by the n-gram", view.here),
-                        ("by its writing too", view.raw)):
-        result[name] = explained(group, view.gate)
+    _, group, size = np.unique(view.raw, return_inverse=True, return_counts=True)
+    again = size[group] > 1                     # the same tokens for all three, so that they nest
+    result["tokens that recur"] = float(again.mean())
+    for name, groups in (("by the token", pair.canonical[x][full]), ("by the n-gram", view.here),
+                         ("by its writing too", view.raw)):
+        result[name] = explained(groups[again], view.gate[again])
     return result, view
 
 
@@ -357,8 +358,9 @@ def gates(pairs, figure):
     ax.set_yticks(range(len(shown)), [repr(s[2]).replace("$", r"\$") for s in shown], fontsize=7)
     ax.set(xlabel=f"mean gate ({seen.order}-grams seen >= {least}x)")
     return found, (f"The gate (mean {found['mean']['mean']:.2f}, sd {found['sd']['mean']:.2f}): "
-                   f"the token explains {found['by the token']['mean']:.1%} of its variance, the "
-                   f"{seen.order}-gram {found['by the n-gram']['mean']:.1%}, as written "
+                   f"where a {seen.order}-gram recurs, the token explains "
+                   f"{found['by the token']['mean']:.1%} of its variance, the {seen.order}-gram "
+                   f"{found['by the n-gram']['mean']:.1%}, as written "
                    f"{found['by its writing too']['mean']:.1%}, wider context the rest; "
                    f"correlation with what the memory gains {says(found['gate and gain'])}, "
                    f"within an n-gram {says(found['gate and gain within'])}")

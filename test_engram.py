@@ -1880,12 +1880,15 @@ def test_who_shares_rows():
 
 
 def test_what_an_ngram_explains():
-    """Groups of one that explain themselves, means of the wrong group."""
+    """A share that grows with the number of groups, means of the wrong group."""
     rng = np.random.default_rng(0)
     groups, noise = rng.integers(0, 50, 400), rng.normal(size=400)
     a = noise + groups
     mean = {g: a[groups == g].mean() for g in groups}
     assert analyze.centred(groups, a) == pytest.approx([v - mean[g] for g, v in zip(groups, a)])
+    within = sum((v - mean[g]) ** 2 for g, v in zip(groups, a)) / (400 - 50)
+    total = sum((v - a.mean()) ** 2 for v in a) / 399
+    assert analyze.explained(groups, a) == pytest.approx(1 - within / total)
     assert abs(analyze.explained(groups, noise)) < 0.15 and analyze.explained(groups, a) > 0.99
     assert abs(analyze.explained(np.arange(400) // 2, noise)) < 0.3         # 200 groups of two
 
