@@ -360,8 +360,7 @@ def slope(rows, losses):
 
 
 def say_jump(kind, runs):
-    """How many tokens until copyable tokens cost 1 nat less than at the first evaluation; and what
-    they cost where Engram is no better than the twin ends: at its last validation loss."""
+    """How many tokens until copyable tokens cost 1 nat less than at the first evaluation."""
     pairs = [(run["records"], runs["moe"][seed]["records"]) for seed, run in
              runs.get("engram", {}).items() if seed in runs["moe"]]
     if not pairs:
@@ -373,13 +372,10 @@ def say_jump(kind, runs):
 
     ends = [[jumped(records) for records in pair] for pair in pairs]
     both = [engram - moe for engram, moe in ends if engram and moe]
-    equal = [float(np.interp(at[0], *zip(*((r["tokens"], r["copy_loss"]) for r in engram))))
-             - moe[-1]["copy_loss"] for engram, moe in pairs
-             if (at := crossing(engram, moe[-1]["val_loss"]))]
     engram, moe = (", ".join(f"{at:.1f}" if at else "never" for at in one) for one in zip(*ends))
-    return (f"a nat gained after, in M tokens: Engram {engram}; twin {moe}; both in {len(both)} of "
-            f"{len(pairs)} pairs, difference {verdict(both)}; copyable tokens at the twin's last "
-            f"loss, Engram minus twin: {verdict(equal)}")
+    return (f"copyable tokens a nat cheaper after, in M tokens: Engram {engram}; twin {moe}; both "
+            f"in {len(both)} of {len(pairs)} pairs, difference {verdict(both)}; loss, Engram minus "
+            f"twin {verdict(gaps(runs, 'engram', 'moe'))}")
 
 
 # ---- pictures -----------------------------------------------------------------------------------

@@ -1663,13 +1663,11 @@ def test_what_a_sweep_says():
     slow = sum((math.log2(a) - mean([2, 6, 10])) * (b - mean(y)) for a, b in zip(x, y)) / \
         sum((k - 6) ** 2 for k in (2, 6, 10))
     assert sweep.slope(x, y) == pytest.approx(slow)
-    curve = lambda *v, loss=(4, 3, 2, 1): {1: {"records": [
-        {"copy_loss": c, "tokens": i * 1e6, "seconds": i, "val_loss": loss[i - 1]}
-        for i, c in enumerate(v, 1)]}}
-    said = sweep.say_jump(None, {"engram": curve(7, 6.5, 5.5, 5.4, loss=(4, 2, 0, 0)),
-                                 "moe": curve(7, 6.8, 6.4, 5.6)})
-    assert "Engram 2.5" in said and "twin 3.5" in said and "-1.000, n=1" in said
-    assert said.endswith("Engram minus twin: +0.400, n=1")   # 6.0, half way, minus 5.6
+    curve = lambda *v: {1: {"records": [{"copy_loss": c, "tokens": i * 1e6, "seconds": i,
+                                         "val_loss": c / 2} for i, c in enumerate(v, 1)]}}
+    said = sweep.say_jump(None, {"engram": curve(7, 6.5, 5.5), "moe": curve(7, 6.8, 6.4, 5.6)})
+    assert "Engram 2.5" in said and "twin 3.5" in said and "difference -1.000, n=1" in said
+    assert said.endswith("Engram minus twin -0.050, n=1")
     said = sweep.say_jump(None, {"engram": curve(7, 6.9), "moe": curve(7, 6)})
     assert "Engram never" in said and "both in 0 of 1 pairs, difference no pair" in said
     assert sweep.say_jump(None, {"moe": curve(7, 6)}) == "not finished"
