@@ -660,7 +660,6 @@ class Data:
         self.bytes = np.array([len(b) for b in self.token_bytes])
         self.bytes[self.meta["eot"]] = 0  # the separator is not text
         self.seen, self.copyable = self.count(cfg.steps * per_step, 2)
-        _, self.copyable3 = self.count(cfg.steps * per_step, 3)
 
     def sequences(self, tokens, starts):
         rows = np.stack([tokens[s:s + self.T + 1] for s in starts]).astype(np.int64)
@@ -698,7 +697,6 @@ class Data:
         """Nats of the validation tokens [n_val, T] -> what is reported of them."""
         mean = lambda mask: float(losses[mask].mean()) if mask.any() else None
         return {"val_loss": float(losses.mean()), "copy_loss": mean(self.copyable),
-                "copy3_loss": mean(self.copyable3),
                 "val_bpb": float(losses.sum() / np.log(2) / self.bytes[self.val_y].sum())}
 
 

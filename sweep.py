@@ -318,12 +318,18 @@ def say_data(kind, runs):
         for arm in runs if arm.startswith("engram"))
 
 
+def records_of(runs):
+    """-> [(Engram's records, its twin's)] of the seeds that both have."""
+    both = runs.get("engram", {}).keys() & runs.get("moe", {}).keys()
+    return [(runs["engram"][seed]["records"], runs["moe"][seed]["records"])
+            for seed in sorted(both)]
+
+
 def say_twins(kind, runs):
     """Where Engram's curve passes the twin's last loss."""
-    pairs = [(run["records"], runs["moe"][seed]) for seed, run in runs.get("engram", {}).items()
-             if seed in runs["moe"]]
-    at = [place[0] / last(twin, "tokens") for records, twin in pairs
-          if (place := crossing(records, last(twin)))]
+    pairs = records_of(runs)
+    at = [place[0] / twin[-1]["tokens"] for engram, twin in pairs
+          if (place := crossing(engram, twin[-1]["val_loss"]))]
     return "not finished" if not pairs else (
         f"Engram minus twin {verdict(gaps(runs, 'engram', 'moe'))}; twin's loss reached in "
         f"{len(at)} of {len(pairs)}" + (f", at {statistics.mean(at):.0%} of the tokens" if at
@@ -361,15 +367,12 @@ def slope(rows, losses):
 
 def say_jump(kind, runs):
     """How many tokens until copyable tokens cost 1 nat less than at the first evaluation."""
-    pairs = [(run["records"], runs["moe"][seed]["records"]) for seed, run in
-             runs.get("engram", {}).items() if seed in runs["moe"]]
-    if not pairs:
-        return "not finished"
-
     def jumped(records):
         at = crossing(records, records[0]["copy_loss"] - 1, "copy_loss")
         return at and at[0] / 1e6
 
+    if not (pairs := records_of(runs)):
+        return "not finished"
     ends = [[jumped(records) for records in pair] for pair in pairs]
     both = [engram - moe for engram, moe in ends if engram and moe]
     engram, moe = (", ".join(f"{at:.1f}" if at else "never" for at in one) for one in zip(*ends))

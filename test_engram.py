@@ -10,6 +10,7 @@ configurations, with the canonical ids of the inputs, so that GPT-2's tokenizer 
 """
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -1246,18 +1247,30 @@ def test_an_output_that_takes_no_more(trained):
     assert done.returncode == 0 and done.stdout.startswith("?"), done.stderr
 
 
+@contextmanager
+def started(*command):
+    """A script that Ctrl-C reaches even where our own parent ignores it (a shell script's `&`), and
+    that a test which fails does not leave behind."""
+    with subprocess.Popen([sys.executable, *command], cwd=HERE, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, preexec_fn=lambda: signal.signal(
+                              signal.SIGINT, signal.SIG_DFL)) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
 def test_ctrl_c_shows_how_to_go_on(corpus, tmp_path):
     """A traceback, another exit code than 130, or a command that does not resume."""
     argv = [*corpus, *TINY, "--steps", "3000", "--out_dir", str(tmp_path)]
-    stopped = subprocess.Popen([sys.executable, "train.py", *argv], stderr=subprocess.PIPE,
-                               text=True, stdout=subprocess.DEVNULL, cwd=HERE)
-    deadline = time.time() + 120
-    while not (tmp_path / "engram" / "ckpt.pt").exists() and time.time() < deadline:
-        time.sleep(0.01)
-    second = shell(f"$PY train.py --out_dir {tmp_path} --model engram")
-    assert second.returncode == 2 and "another process is writing" in second.stderr
-    stopped.send_signal(signal.SIGINT)
-    message = stopped.communicate()[1].strip().splitlines()[-1]
+    with started("train.py", *argv) as stopped:
+        deadline = time.time() + 120
+        while not (tmp_path / "engram" / "ckpt.pt").exists() and time.time() < deadline:
+            time.sleep(0.01)
+        second = shell(f"$PY train.py --out_dir {tmp_path} --model engram")
+        assert second.returncode == 2 and "another process is writing" in second.stderr
+        stopped.send_signal(signal.SIGINT)
+        message = stopped.communicate()[1].strip().splitlines()[-1]
     assert stopped.returncode == 130 and message.startswith("stopped; the last checkpoint is kept")
     again = message.partition("go on with: python ")[2]
     done = load_checkpoint(tmp_path / "engram" / "ckpt.pt")[0]["step"]
@@ -1274,13 +1287,12 @@ def test_ctrl_c_before_the_first_checkpoint(corpus, tmp_path):
     """A command to resume that cannot."""
     argv = [*corpus, *TINY, *"--steps 400 --eval_every 400 --batch_size 1".split(),
             "--out_dir", str(tmp_path)]
-    stopped = subprocess.Popen([sys.executable, "train.py", *argv], stderr=subprocess.PIPE,
-                               text=True, stdout=subprocess.PIPE, cwd=HERE)
-    while "steps x" not in stopped.stdout.readline():
-        assert stopped.poll() is None
-    time.sleep(2)                                                        # of some 15 seconds
-    stopped.send_signal(signal.SIGINT)
-    assert "before the first checkpoint (step 400)" in stopped.communicate()[1]
+    with started("train.py", *argv) as stopped:
+        while "steps x" not in stopped.stdout.readline():
+            assert stopped.poll() is None
+        time.sleep(2)                                                    # of some 15 seconds
+        stopped.send_signal(signal.SIGINT)
+        assert "before the first checkpoint (step 400)" in stopped.communicate()[1]
     assert stopped.returncode == 130 and not list(tmp_path.glob("*/ckpt.pt"))
 
 
@@ -1579,14 +1591,13 @@ def test_bench(tiny_bench, tmp_path, capsys):
 def test_ctrl_c_in_the_bench(tmp_path):
     """A hang on the worker, a traceback, a file left behind."""
     out = tmp_path / "out"
-    bench = subprocess.Popen([sys.executable, "bench_offload.py", "--rows", "20000", "--disk",
-                              "--rounds", "5000", "--out", out], cwd=HERE, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while "predicted" not in bench.stdout.readline():
-        assert bench.poll() is None
-    time.sleep(1)
-    bench.send_signal(signal.SIGINT)
-    assert bench.communicate(timeout=30)[1].strip() == "stopped" and bench.returncode == 130
+    argv = ["--rows", "20000", "--disk", "--rounds", "5000", "--out", out]
+    with started("bench_offload.py", *argv) as bench:
+        while "predicted" not in bench.stdout.readline():
+            assert bench.poll() is None
+        time.sleep(1)
+        bench.send_signal(signal.SIGINT)
+        assert bench.communicate(timeout=30)[1].strip() == "stopped" and bench.returncode == 130
     assert not list(out.iterdir())
 
 

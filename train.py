@@ -161,8 +161,7 @@ def describe(name, model, cfg, data):
     return {"command": shlex.join(["train.py", *sys.argv[1:]]), "model": name,
             "config": asdict(cfg), "shape": asdict(model.cfg), "accounting": model.accounting(),
             "parameters_by_kind": model.parameters_by_kind(), "data": {**known, "note": data.note},
-            "copyable_tokens": int(data.copyable.sum()),
-            "copyable3_tokens": int(data.copyable3.sum()), "commit": commit(),
+            "copyable_tokens": int(data.copyable.sum()), "commit": commit(),
             "python": platform.python_version(), "torch": str(torch.__version__),
             "device": device_name(cfg.device), "threads": torch.get_num_threads()}
 
