@@ -1,25 +1,24 @@
-"""
-A GPT with a mixture of experts in every block and an Engram memory in some, in plain PyTorch.
+""" A GPT with a mixture of experts in every block and an Engram memory in some, in plain
+PyTorch.
 
-    shapes, _ = make_twins(GPTConfig(), rho=0.75)       # {"engram": GPTConfig, "moe": GPTConfig}
-    model = GPT(shapes["engram"], canonical)            # canonical: engram.canonical_ids(...)
+    model = GPT(GPTConfig(...), canonical)              # canonical: engram.canonical_ids(...)
     logits, loss, balance = model(idx, targets)         # train.py and sample.py do this
 
-The idea is the first line of Block.forward. With engram=None it never runs, and a plain pre-norm
-GPT with experts is left; with n_expert=0 too, a plain dense GPT.
+The idea is the first statement of Block.forward. A block without an Engram skips it, and
+a plain pre-norm GPT with experts is left; with n_expert=0 too, a plain dense GPT.
 
-Letters: B batch, T time, D width (n_embd), L blocks, V vocabulary, H heads, hd width of a head;
-those of the memory stand in engram.py, those of the experts in moe.py.
-"""
-from dataclasses import dataclass, field, replace
+Letters: B batch, T time, D width (n_embd), L blocks, V vocabulary, H heads, hd width of a
+head; those of the memory stand in engram.py, those of the experts in moe.py. """
 import math
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from engram import Engram, EngramConfig, opt, table_parameters
+from common import fail
+from engram import Engram, EngramConfig, opt
 from moe import MoE
 
 
@@ -29,8 +28,8 @@ class GPTConfig:
     block_size: int = opt(256, "context length, in tokens")
     n_layer: int = opt(4, "blocks")
     n_head: int = opt(4, "attention heads")
-    n_embd: int = opt(128, "D, model width")
-    n_expert: int = opt(8, "E, routed experts of the MoE-only twin (Engram drops some); 0: dense")
+    n_embd: int = opt(128, "model width")
+    n_expert: int = opt(8, "routed experts of the MoE-only model (Engram drops some of them)")
     top_k: int = opt(2, "routed experts per token")
     expert_hidden: int = opt(128, "hidden units of a routed expert")
     shared_hidden: int = opt(128, "hidden units of the shared expert")
@@ -40,17 +39,15 @@ class GPTConfig:
         if isinstance(self.engram, dict):                 # from a checkpoint
             self.engram = EngramConfig(**self.engram)
         for name, value in vars(self).items():
-            least = {"n_expert": 0, "block_size": 2}.get(name, 1)
-            if name != "engram" and not least <= value <= 65536:
-                raise ValueError(f"{name} {value}: must be from {least} to 65,536")
+            least = 0 if name == "n_expert" else 1
+            if name != "engram" and value < least:
+                raise ValueError(f"{name} {value}: must be {least} or more")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd {self.n_embd} must be a multiple of 2 * n_head = "
                              f"{2 * self.n_head}: rotary embedding turns pairs within a head")
         if 0 < self.n_expert < self.top_k:
-            raise ValueError(f"top_k {self.top_k}: must be at most n_expert = {self.n_expert}")
-        if self.engram and max(self.engram.blocks) >= self.n_layer:
-            raise ValueError(f"engram blocks {self.engram.blocks}: the model has blocks 0 to "
-                             f"{self.n_layer - 1}")
+            raise ValueError(f"top_k {self.top_k}: must be at most n_expert, "
+                             f"{self.n_expert}")
 
 
 class Attention(nn.Module):
@@ -63,30 +60,44 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, cache=None):
         B, T, D = x.shape
-        q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2)                 # [B, H, T, hd]
-                   for y in self.qkv(x).chunk(3, dim=-1))
-        q, k = rotate(q, rope), rotate(k, rope)
+        # queries, keys and values of all heads in one matmul
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        # to [B, H, T, hd]
+        q = rotate(q.view(B, T, self.n_head, -1).transpose(1, 2), rope)
+        k = rotate(k.view(B, T, self.n_head, -1).transpose(1, 2), rope)
+        v = v.view(B, T, self.n_head, -1).transpose(1, 2)
         if cache is not None:
-            # concatenation copies what is there; at these lengths that is far below the matmuls
-            k = cache["k"] = torch.cat([cache["k"], k], dim=2) if "k" in cache else k
-            v = cache["v"] = torch.cat([cache["v"], v], dim=2) if "v" in cache else v
-        return self.out(attend(q, k, v).transpose(1, 2).reshape(B, T, D))
+            # keys and values of the whole text so far; at these lengths copying them is
+            # cheap
+            if "k" in cache:
+                k = torch.cat([cache["k"], k], dim=2)
+                v = torch.cat([cache["v"], v], dim=2)
+            cache["k"], cache["v"] = k, v
+        y = attend(q, k, v)
+        # the heads side by side again
+        return self.out(y.transpose(1, 2).reshape(B, T, D))
 
 
 def attend(q, k, v):
-    """Causal attention of T queries over T' >= T keys, the queries being the last T: [B, H, T, hd].
-    On a CPU in bf16 SDPA takes twice as long as two matmuls and a softmax (T 256, LOG.md)."""
-    T, keys = q.size(2), k.size(2)
-    if T == keys and not (q.device.type == "cpu" and q.dtype == torch.bfloat16):
+    """Causal attention. The T queries are the last ones of the T' >= T keys. [B, H, T,
+    hd] each."""
+    T, n_keys = q.size(2), k.size(2)
+    # in bf16 on a CPU this takes twice as long as two matmuls and a softmax (T 256,
+    # LOG.md)
+    slow_here = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if T == n_keys and not slow_here:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    future = torch.full((T, keys), -torch.inf, dtype=q.dtype, device=q.device).triu(1 + keys - T)
-    score = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1) + future
-    return score.softmax(-1) @ v                          # softmax sums in fp32, and rounds after
+    # -inf above the diagonal that ends at the last query and the last key
+    mask = torch.full((T, n_keys), -torch.inf, dtype=q.dtype, device=q.device)
+    mask = mask.triu(1 + n_keys - T)
+    scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1) + mask
+    # softmax sums in fp32 and rounds after
+    return scores.softmax(-1) @ v
 
 
 def rotate(x, rope):
-    """Rotary position embedding: coordinate i of a head is turned with coordinate i + hd/2."""
-    cos, sin = (r.to(x.dtype) for r in rope)                                     # [T, hd/2]
+    """Rotary position embedding: turn coordinate i of a head with coordinate i + hd/2."""
+    cos, sin = rope[0].to(x.dtype), rope[1].to(x.dtype)                          # [T, hd/2]
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
@@ -95,58 +106,75 @@ class Block(nn.Module):
 
     def __init__(self, cfg, engram):
         super().__init__()
-        self.engram = engram                                                     # or None
+        self.engram = engram                                              # or None
         self.norm_attn = nn.RMSNorm(cfg.n_embd)
         self.attn = Attention(cfg)
         self.norm_moe = nn.RMSNorm(cfg.n_embd)
-        self.moe = MoE(cfg.n_embd, cfg.shared_hidden, cfg.n_expert, cfg.expert_hidden, cfg.top_k)
+        self.moe = MoE(cfg.n_embd, cfg.shared_hidden, cfg.n_expert, cfg.expert_hidden,
+                       cfg.top_k)
 
     def forward(self, x, rope, read=None, cache=None):
-        if read is not None: x = x + self.engram(x, read, cache)                 # the memory
+        if read is not None:
+            x = x + self.engram(x, read, cache)                           # the memory
         x = x + self.attn(self.norm_attn(x), rope, cache)
         y, balance = self.moe(self.norm_moe(x))
         return x + y, balance
 
 
 class Cache:
-    """What decoding carries on: tokens seen, N-1 canonical ids, per block keys, values, tail."""
+    """What decoding keeps of the text so far: its length, its last N-1 canonical ids, and
+    for each block a dict of keys, values and the last inputs of the convolution."""
 
     def __init__(self, cfg):
-        self.length, self.history, self.blocks = 0, None, [{} for _ in range(cfg.n_layer)]
+        self.length = 0
+        self.history = None
+        self.blocks = [{} for _ in range(cfg.n_layer)]
 
 
 class GPT(nn.Module):
 
-    def __init__(self, cfg, canonical, new=torch.empty):
-        """canonical [V]: engram.canonical_ids of the tokenizer (or what a checkpoint says it was).
-        The padding before a text is the last id, end of text. new: makes the memory's tables."""
+    def __init__(self, cfg, canonical):
+        """canonical: the canonical id of each token, [V]. Before a text stands the last
+        token of the vocabulary, end of text."""
         super().__init__()
         self.cfg = cfg
         canonical = np.asarray(canonical)
         if len(canonical) != cfg.vocab_size:
-            raise ValueError(f"{len(canonical)} canonical ids for a vocabulary of {cfg.vocab_size}")
+            raise ValueError(f"{len(canonical)} canonical ids for a vocabulary of "
+                             f"{cfg.vocab_size}")
+        # which blocks get a memory, and what its hash needs to know of the tokenizer
+        memory_in = cfg.engram.blocks if cfg.engram else ()
+        if memory_in and memory_in[-1] >= cfg.n_layer:
+            raise ValueError(f"engram blocks {memory_in}: the model has blocks 0 to "
+                             f"{cfg.n_layer - 1}")
+        n_canonical, pad = int(canonical.max()) + 1, int(canonical[-1])
         self.register_buffer("canonical", torch.as_tensor(canonical))
-        memory = cfg.engram.blocks if cfg.engram else ()
-        shape = (cfg.n_embd, int(canonical.max()) + 1, int(canonical[-1]))       # D, V', pad
-        self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)                    # also the head
-        self.blocks = nn.ModuleList(
-            Block(cfg, Engram(cfg.engram, i, *shape, new) if i in memory else None)
-            for i in range(cfg.n_layer))
+        self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)             # also the head
+        self.blocks = nn.ModuleList()
+        for i in range(cfg.n_layer):
+            engram = None
+            if i in memory_in:
+                engram = Engram(cfg.engram, i, cfg.n_embd, n_canonical, pad)
+            self.blocks.append(Block(cfg, engram))
         self.norm = nn.RMSNorm(cfg.n_embd)
         hd = cfg.n_embd // cfg.n_head
-        angle = torch.outer(torch.arange(cfg.block_size), 1e4 ** (-torch.arange(0, hd, 2) / hd))
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        # rotary embedding: a position times one frequency per pair of coordinates
+        frequency = 1e4 ** (-torch.arange(0, hd, 2) / hd)
+        angle = torch.outer(torch.arange(cfg.block_size), frequency)
+        self.register_buffer("cos", angle.cos())
+        self.register_buffer("sin", angle.sin())
         self.reset()
 
     @torch.no_grad()
     def reset(self):
-        """GPT-2's initialisation, branch outputs scaled by the number of branches. Every parameter
-        must be claimed by exactly this or by Engram.reset."""
+        """Initialise as GPT-2 does, branch outputs scaled by the number of branches.
+        Raise ValueError for a parameter that neither this nor Engram.reset
+        initialises."""
         for name, p in self.named_parameters():
             kind = name.split(".", 2)[-1]                         # blocks.3.attn.out.weight
             if ".engram." in name or "norm" in name:
-                pass                                              # Engram.reset; RMSNorm's own ones
+                # Engram.reset has done it; RMSNorm starts with ones
+                pass
             elif kind in ("attn.out.weight", "moe.w_out", "moe.shared.w_out.weight"):
                 p.normal_(std=0.02 / math.sqrt(2 * self.cfg.n_layer))
             elif kind in ("attn.qkv.weight", "moe.router.weight", "moe.w_in",
@@ -159,34 +187,54 @@ class GPT(nn.Module):
         return [block.engram for block in self.blocks if block.engram is not None]
 
     def read(self, idx, cache=None):
-        """Hash tokens [B, T] and read the rows of all memory layers -> [Read per memory layer].
-        Needs token ids alone, hence possible before and beside all else; what lies in host memory
-        is on its way then. Without the N-1 before it (in the cache) a token reads other rows."""
+        """Hash tokens idx [B, T] and start to read the rows; return a Read per memory
+        layer.
+
+        This needs token ids alone, so it can run before the forward pass, or beside
+        another one. If a table is in host memory, its rows are now under way. When
+        decoding, give the cache, which holds the N-1 tokens before: without them the hash
+        is another one."""
         if not self.engrams():
             return []
-        x, past = self.canonical[idx], cache.history if cache else None
-        if cache:
-            seen = x if past is None else torch.cat([past, x], dim=1)
-            cache.history = seen[:, max(0, seen.size(1) + 1 - self.cfg.engram.orders[-1]):]
-        return [engram.read(engram.hash(x, past)) for engram in self.engrams()]
+        x = self.canonical[idx]
+        # the canonical ids before idx, if there is a text before it
+        history = cache.history if cache is not None else None
+        reads = [engram.read(engram.hash(x, history)) for engram in self.engrams()]
+        if cache is not None:
+            # keep the last N-1 for the next call
+            text = x if history is None else torch.cat([history, x], dim=1)
+            longest = self.cfg.engram.orders[-1] - 1
+            cache.history = text[:, max(0, text.size(1) - longest):]
+        return reads
 
     def forward(self, idx, targets=None, reads=None, cache=None):
-        """idx [B, T] -> logits [B, T, V], loss (mean cross-entropy in nats, or None), balance loss
-        (mean over blocks, not part of the loss). reads: from read(), by default done here; an
-        empty list switches the memory off. cache: continue the text it holds, and extend it."""
-        start = cache.length if cache else 0
+        """Return logits [B, T, V] for tokens idx [B, T]; the loss (mean cross-entropy in
+        nats per token, None without targets); and the balance loss (mean over blocks, not
+        part of the loss).
+
+        reads: from read(), by default called here; an empty list switches the memory off.
+        cache: the text before idx; it is extended. Raise ValueError if the context is too
+        short."""
+        # where in the context idx stands
+        start = cache.length if cache is not None else 0
         end = start + idx.size(1)
         if end > self.cfg.block_size:
             raise ValueError(f"{end} tokens, but the context holds {self.cfg.block_size}")
-        reads = self.read(idx, cache) if reads is None else reads
-        reads = dict(zip((b for b in self.blocks if b.engram), reads, strict=True)) if reads else {}
-        rope = self.cos[start:end], self.sin[start:end]
-        if cache:
+        if reads is None:
+            reads = self.read(idx, cache)
+        if cache is not None:
             cache.length = end
+        rope = self.cos[start:end], self.sin[start:end]
+        # hand the reads to the blocks that have a memory, in order
+        reads = list(reads)
+        assert len(reads) in (0, len(self.engrams())), f"{len(reads)} reads"
         x, balance = self.embed(idx), 0
         for i, block in enumerate(self.blocks):
-            x, b = block(x, rope, reads.get(block), cache.blocks[i] if cache else None)
-            balance = balance + b / len(self.blocks)
+            read = reads.pop(0) if reads and block.engram is not None else None
+            block_cache = cache.blocks[i] if cache is not None else None
+            x, block_balance = block(x, rope, read, block_cache)
+            balance = balance + block_balance / len(self.blocks)
+        # the head shares its weights with the embedding
         logits = F.linear(self.norm(x), self.embed.weight)
         loss = None
         if targets is not None:                               # autocast computes this in fp32
@@ -196,86 +244,128 @@ class GPT(nn.Module):
     # ---- accounting
 
     def parameters_by_kind(self):
-        """{kind: numbers}, each counted once; a parameter of no kind is an error."""
-        marks = {".engram.": "engram projections", "embed.": "embedding", "norm": "norms",
+        """Return {kind: how many numbers}, each counted once."""
+        kinds = {".engram.": "engram projections", "embed.": "embedding", "norm": "norms",
                  ".attn.": "attention", ".router.": "router", ".shared.": "shared experts",
-                 ".w_": "routed experts"}                          # the first that fits
-        kinds = dict.fromkeys(marks.values(), 0)
+                 ".w_": "routed experts"}
+        count = dict.fromkeys(kinds.values(), 0)
         for name, p in self.named_parameters():
-            kinds[next(kind for mark, kind in marks.items() if mark in name)] += p.numel()
-        kinds["engram tables"] = sum(engram.table.numel() for engram in self.engrams())
-        return kinds
+            # the first mark that fits; a parameter that no mark fits is an error
+            mark = next(mark for mark in kinds if mark in name)
+            count[kinds[mark]] += p.numel()
+        count["engram tables"] = sum(engram.table.numel() for engram in self.engrams())
+        return count
 
     def accounting(self):
-        """The paper's quantities: P_tot, all but the vocabulary embedding (tied to the head);
-        P_act, what one token uses, values read counted; P_sparse = P_tot - P_act. And per token:
-        forward matmul FLOPs (2 per active weight, head included, plus attention at full context)
-        and bytes read from the tables. What a table holds and is not read costs neither."""
-        cfg, n = self.cfg, self.parameters_by_kind()
-        total = sum(n.values()) - n["embedding"]
-        values, size = sum(e.cfg.d_mem for e in self.engrams()), self.embed.weight.element_size()
-        idle = 1 - cfg.top_k / cfg.n_expert if cfg.n_expert else 0
-        active = total - round(n["routed experts"] * idle) - n["engram tables"] + values
-        weights = active - values - n["norms"] + n["embedding"]
+        """Return the paper's quantities. P_tot: all parameters except the vocabulary
+        embedding, which is also the head. P_act: those that one token uses, of the tables
+        what it reads. P_sparse = P_tot - P_act. And per token: forward FLOPs of matmuls
+        (2 per active weight, the head included, plus attention at full context) and bytes
+        read from the tables. Rows that are not read cost neither."""
+        cfg, count = self.cfg, self.parameters_by_kind()
+        # of all parameters, which does one token use?
+        total = sum(count.values()) - count["embedding"]
+        values_read = sum(e.cfg.rows_read * e.cfg.width for e in self.engrams())
+        idle = 0
+        if cfg.n_expert:
+            idle = round(count["routed experts"] * (1 - cfg.top_k / cfg.n_expert))
+        active = total - idle - count["engram tables"] + values_read
+        # a weight that is multiplied costs 2 FLOPs; norms and table rows are not multiplied
+        weights = active - values_read - count["norms"] + count["embedding"]
         attention = 2 * 2 * cfg.n_layer * cfg.block_size * cfg.n_embd
-        return {"parameters": sum(n.values()), "P_tot": total, "P_act": active,
-                "P_sparse": total - active, "table_parameters": n["engram tables"],
+        return {"parameters": sum(count.values()), "P_tot": total, "P_act": active,
+                "P_sparse": total - active, "table_parameters": count["engram tables"],
                 "flops_per_token": 2 * weights + attention,
-                "bytes_read_per_token": values * size}
+                "bytes_read_per_token": values_read * self.embed.weight.element_size()}
+
+    @torch.no_grad()
+    def hash_probe(self):
+        """Return the row numbers of a fixed text, a list per memory layer. A checkpoint
+        holds them: if they differ now, the hash was changed, and it would read the wrong
+        rows."""
+        # any text will do, if its n-grams differ
+        idx = torch.arange(12, device=self.canonical.device) * 37 % self.cfg.vocab_size
+        x = self.canonical[idx][None]
+        return [engram.hash(x).flatten().tolist() for engram in self.engrams()]
 
 
-# ---- twins --------------------------------------------------------------------------------------
+# ---- using a model ---------------------------------------------------------------------
 
-def make_twins(cfg, rho):
-    """cfg: the common shape, n_expert being the MoE-only twin's -> ({"engram": GPTConfig, "moe":
-    GPTConfig}, lines that show the arithmetic), with the same P_tot and the same P_act. rho is the
-    share of P_sparse that stays with routed experts (paper, section 3): Engram drops experts and
-    buys rows with what that frees. Reading costs too, keys and values are projected: the MoE-only
-    twin gets a wider shared expert for that, rounded up, so it never has less compute. If rows are
-    given, they stay as they are: an experiment with the memory's size, and no twins."""
-    if not cfg.n_expert:
-        raise ValueError("n_expert 0: twins, and the dense model made from them, need experts")
-    if not 0 <= rho < 1:
-        raise ValueError(f"rho {rho}: must be from 0 (all memory) to below 1 (no memory)")
-    L, D, k = cfg.n_layer, cfg.n_embd, cfg.top_k
-    n_expert, given = k + round(rho * (cfg.n_expert - k)), cfg.engram.rows
-    if n_expert == cfg.n_expert and not given:
-        raise ValueError(f"rho {rho} leaves no row: all {n_expert} experts stay (top_k {k}); use a "
-                         "smaller rho or more experts")
+@torch.inference_mode()
+def generate(model, idx, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, generator=None,
+             memory=True):
+    """Continue tokens idx [1, T]; yield each new id as soon as it is known.
 
-    def count(c):
-        with torch.device("meta"):                              # shapes only, nothing allocated
-            return GPT(c, np.arange(c.vocab_size)).accounting()
+    Each token is computed once: keys, values, the last n-gram and the last inputs of the
+    convolution are kept in a Cache. When the context is full, go on from its last half.
+    temperature 0: always the most likely token. top_p: keep the most likely tokens whose
+    probabilities sum to this."""
+    # the prompt, at most a full context of it
+    text = idx[:, -model.cfg.block_size:]
+    cache, idx = Cache(model.cfg), text
+    reads = model.read(idx, cache) if memory else []
+    for _ in range(max_new_tokens):
+        logits = model(idx, reads=reads, cache=cache)[0][:, -1].float()
+        if temperature == 0:
+            idx = logits.argmax(-1, keepdim=True)
+        else:
+            # the most likely first
+            logits, ids = logits.topk(min(top_k, logits.size(-1)))
+            probs = (logits / temperature).softmax(-1)
+            # drop a token if those before it have top_p together; the first one stays
+            probs[probs.cumsum(-1) - probs >= top_p] = 0
+            idx = ids.gather(-1, torch.multinomial(probs, 1, generator=generator))
+        new, text = idx.item(), torch.cat([text, idx], dim=1)
+        # a full context: start again with its last half
+        if cache.length == model.cfg.block_size:
+            cache, idx = Cache(model.cfg), text[:, -max(1, model.cfg.block_size // 2):]
+        # the rows of the next step are under way while the caller prints this token
+        reads = model.read(idx, cache) if memory else []
+        yield new
 
-    probe = replace(cfg, n_expert=n_expert, engram=replace(cfg.engram, rows=1))
-    moe, base = replace(cfg, engram=None), count(probe)
-    owed = base["P_act"] - count(moe)["P_act"]                  # projections, values, less routers
-    widen = max(0, math.ceil(owed / (3 * D * L)))
-    moe.shared_hidden += widen
-    target, tables = count(moe)["P_tot"], len(cfg.engram.blocks) * cfg.engram.d_mem
-    freed = target - (base["P_tot"] - base["table_parameters"])
-    rows = freed // tables
 
-    def over(rows):                                             # primes lie above what is asked for
-        return table_parameters(replace(cfg.engram, rows=rows)) - freed
+@torch.no_grad()
+def token_losses(model, x, y, batch_size, autocast, memory=True):
+    """Return the loss of each token [n, T] in nats, fp32 on the CPU, for x, y [n, T].
+    With memory False the memory is switched off."""
+    was_training = model.training
+    model.eval()
+    device, losses = model.embed.weight.device, []
+    x, y = torch.as_tensor(x), torch.as_tensor(y)
+    # a batch at a time, to bound the memory that logits take
+    for i in range(0, len(x), batch_size):
+        idx, targets = x[i:i + batch_size].to(device), y[i:i + batch_size].to(device)
+        with autocast:
+            logits = model(idx, reads=None if memory else [])[0].float()
+        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        losses.append(nats.view(targets.shape).cpu())
+    model.train(was_training)
+    return torch.cat(losses)
 
-    while rows > 1 and over(rows) > 0:
-        rows -= math.ceil(over(rows) / tables)
-    if rows < 2 and not given:
-        raise ValueError(f"rho {rho} leaves no row: {freed:,} parameters freed, {tables:,} per row")
-    engram = replace(probe, engram=replace(cfg.engram, rows=given or rows))
-    e, a, b, expert = engram.engram, count(engram), count(moe), 3 * D * cfg.expert_hidden
-    reached = L * (n_expert - k) * expert / a["P_sparse"]
-    lines = [
-        f"twins: {cfg.n_expert} - {n_expert} experts = {cfg.n_expert - n_expert} x {L} blocks x "
-        f"{expert:,} parameters to memory; MoE-only: shared expert {cfg.shared_hidden} + {widen}",
-        f"table: {len(e.blocks)} layers x {len(e.orders)} orders x {e.heads} heads x "
-        f"~{e.rows[0]:,} rows x {e.width} = {a['table_parameters']:,}; "
-        f"{a['bytes_read_per_token']:,} B read per token",
-        f"rho: {reached:.3f} of P_sparse in experts, {rho} asked",
-        *(f"{name:7s}P_tot {c['P_tot']:,}  P_act {c['P_act']:,}  P_tot/P_act "
-          f"{c['P_tot'] / c['P_act']:.2f}  FLOPs per token {c['flops_per_token']:,}"
-          for name, c in (("engram", a), ("moe", b)))]
-    hidden = moe.shared_hidden + k * moe.expert_hidden          # what a token uses of the twin
-    dense = replace(moe, n_expert=0, shared_hidden=hidden)
-    return {"engram": engram, "moe": moe, "dense": dense}, lines
+
+def load_checkpoint(path, map_file=False):
+    """Return what train.py saved at path, and the model with its weights, on the CPU.
+
+    map_file: leave the weights, the tables above all, in the file until they are used. Do
+    not write to the file while that lasts."""
+    if not path.is_file():
+        others = sorted(p.parent.name for p in path.parent.parent.glob("*/ckpt.pt"))
+        there = f"there is one of: {', '.join(others)}" if others else "train first: train.py"
+        fail(f"no checkpoint at {path}; {there}")
+    try:
+        saved = torch.load(path, "cpu", mmap=map_file, weights_only=True)
+        # shapes only: no table is filled with numbers that are overwritten at once
+        with torch.device("meta"):
+            model = GPT(GPTConfig(**saved["shape"]), saved["model"]["canonical"])
+        model.load_state_dict(saved["model"], assign=True)
+        probe = saved["hash_probe"]
+    except Exception as error:
+        # torch, pickle and zipfile raise many kinds for a damaged file
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        fail(f"{path} is not a readable checkpoint of train.py ({why:.150}); restore it, "
+             "or train again with another --out_dir")
+    if model.hash_probe() != probe:
+        fail(f"{path} was trained with another hash: the same text reads rows "
+             f"{probe[0][-4:]} there, {model.hash_probe()[0][-4:]} here; undo the change, or "
+             "train again")
+    return saved, model

@@ -1,11 +1,12 @@
-"""
-A mixture of experts as in DeepSeekMoE: one shared SwiGLU expert that every token takes, and E
-routed ones of which each token takes its top k. Dropless, causal, balanced without a loss.
+""" A mixture of experts as in DeepSeekMoE: one shared SwiGLU expert that every token
+takes, and E routed ones of which each token takes its top k. No token is dropped, and
+experts are balanced without a loss.
 
     python -m pytest test_engram.py -k moe
 
-The idea: parameters grow with E, compute with k. What a token gets depends on that token alone: no
-capacity limit (a token's output would hang on its neighbours), balance by a bias between steps.
+The idea: parameters grow with E, compute with k. What a token gets depends on that token
+alone: there is no capacity limit (with one, it would depend on the other tokens of the
+batch), and experts are balanced by a bias that is adjusted between steps.
 
 Letters: S = B * T tokens, D width, E routed experts, k of them per token.
 """
@@ -19,7 +20,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, n_embd, hidden):
         super().__init__()
-        self.w_in = nn.Linear(n_embd, 2 * hidden, bias=False)          # gate and up in one matmul
+        # gate and up in one matmul
+        self.w_in = nn.Linear(n_embd, 2 * hidden, bias=False)
         self.w_out = nn.Linear(hidden, n_embd, bias=False)
 
     def forward(self, x):
@@ -37,69 +39,115 @@ class MoE(nn.Module):
             self.router = nn.Linear(n_embd, n_expert, bias=False)
             self.w_in = nn.Parameter(torch.empty(n_expert, n_embd, 2 * expert_hidden))
             self.w_out = nn.Parameter(torch.empty(n_expert, expert_hidden, n_embd))
-            self.register_buffer("bias", torch.zeros(n_expert))        # for selection only
-            self.register_buffer("load", torch.zeros(n_expert), persistent=False)
+            # added to the affinities for the choice of experts only, see move_bias()
+            self.register_buffer("bias", torch.zeros(n_expert))
+            # how often each expert was chosen since the last move_bias()
+            self.register_buffer("load", torch.zeros(n_expert))
 
     def forward(self, x):
-        """x [B, T, D] -> ([B, T, D], balance loss, a scalar). Without experts: the shared one."""
+        """Return the layer's output for x [B, T, D], and the balance loss, a scalar."""
         if not self.n_expert:
             return self.shared(x), x.new_zeros(())
-        flat = x.reshape(-1, x.size(-1))                               # [S, D]
-        chosen, weight, counts, balance = self.route(flat)
+        tokens = x.reshape(-1, x.size(-1))                             # [S, D]
+        chosen, weight, counts, balance = self.route(tokens)
         if self.training:
             self.load += counts
-        routed = self.experts(flat, chosen, weight, counts)
+        # bf16 under autocast; the weights are cast here because no autocast rule covers
+        # them
+        dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        if chosen.numel() <= self.n_expert:
+            routed = self.few_tokens(tokens.to(dtype), chosen, weight.to(dtype))
+        else:
+            routed = self.experts(tokens.to(dtype), chosen, weight.to(dtype), counts)
         return self.shared(x) + routed.view_as(x), balance
 
     def route(self, x):
-        """x [S, D] -> chosen experts [S, k], their weights [S, k] (sigmoids in full precision, made
-        to sum to 1), how often each was chosen [E], and a balance loss as DeepSeek-V3's, here over
-        the whole micro-batch: E * sum of share of choices * mean affinity."""
+        """Choose experts for tokens x [S, D].
+
+        Return the chosen experts [S, k]; their weights [S, k], sigmoids in full precision
+        made to sum to 1; how often each expert was chosen [E]; and a balance loss as
+        DeepSeek-V3's, here over the micro-batch: E * sum of (share of choices * mean
+        affinity)."""
         with torch.autocast(x.device.type, enabled=False):
-            affinity = torch.sigmoid(F.linear(x, self.router.weight))            # [S, E]
+            affinity = torch.sigmoid(F.linear(x, self.router.weight))          # [S, E]
+        # the bias has a say in which experts are chosen, not in their weights
         chosen = (affinity + self.bias).topk(self.top_k, dim=-1).indices
         weight = affinity.gather(-1, chosen)
-        weight = weight / weight.sum(-1, keepdim=True)
-        flat = chosen.flatten()        # not bincount: on a GPU that waits for the device
+        # a sigmoid below exp(-104) is 0 in fp32, and so can be all that a token has
+        tiny = torch.finfo(affinity.dtype).tiny
+        weight = weight / weight.sum(-1, keepdim=True).clamp_min(tiny)
+        # not bincount: on a GPU that waits for the device
+        flat = chosen.flatten()
         counts = flat.new_zeros(self.n_expert).scatter_add_(0, flat, torch.ones_like(flat))
-        mean = (affinity / affinity.sum(-1, keepdim=True)).mean(0)
-        return chosen, weight, counts, self.n_expert * (counts / len(flat) * mean).sum()
+        share = affinity / affinity.sum(-1, keepdim=True).clamp_min(tiny)
+        balance = self.n_expert * (counts / len(flat) * share.mean(0)).sum()
+        return chosen, weight, counts, balance
 
     def experts(self, x, chosen, weight, counts, grouped=None):
-        """The routed sum, [S, D]. Sort the S * k (token, expert) pairs by expert, so that each
-        expert multiplies one contiguous slice; then take the results back in token order."""
-        dtype = torch.get_autocast_dtype(x.device.type) \
-            if torch.is_autocast_enabled(x.device.type) else x.dtype
-        if grouped is None:      # slices need their lengths on the host; on a CPU they are faster
-            grouped = x.is_cuda and dtype == torch.bfloat16 \
-                and all(n % 8 == 0 for n in self.w_out.shape[1:])      # strides of 16 bytes
-        if chosen.numel() <= self.n_expert:     # decoding: rather fetch weights than sort tokens
-            h, e = x.to(dtype).repeat_interleave(self.top_k, 0)[:, None], chosen.flatten()
-            gate, up = (h @ self.w_in[e].to(dtype)).chunk(2, dim=-1)
-            h = ((F.silu(gate) * up) @ self.w_out[e].to(dtype)).view(*chosen.shape, -1)
-            return (h * weight.to(dtype)[..., None]).sum(1)
-        pairs = torch.arange(chosen.numel(), device=x.device)
-        expert, order = chosen.flatten().sort(stable=True)             # [S * k]
-        size, total = counts, len(pairs)
-        if not x.is_cuda and dtype == torch.bfloat16:
-            # oneDNN compiles a kernel for every new shape, and slices have new lengths each step:
-            # rounded up to 64 rows there are few shapes, and a step takes 0.6 of the time
+        """Return the weighted sum [S, D] over each token's experts. It computes this
+        loop:
+
+            out = torch.zeros_like(x)
+            for e in range(E):
+                token, slot = (chosen == e).nonzero(as_tuple=True)
+                gate, up = (x[token] @ w_in[e]).chunk(2, dim=-1)
+                y = (F.silu(gate) * up) @ w_out[e]
+                out = out.index_add(0, token, y * weight[token, slot, None])
+
+        To do so with fewer and larger operations, sort the S * k pairs (token, expert) by
+        expert, so that each expert multiplies one contiguous slice, and then take the
+        results back in token order. grouped: all slices in one kernel (None: where that
+        pays)."""
+        on_gpu, bf16 = x.is_cuda, x.dtype == torch.bfloat16
+        if grouped is None:
+            # separate slices need their lengths on the host; on a CPU they are faster all
+            # the same
+            strides_of_16_bytes = all(n % 8 == 0 for n in self.w_out.shape[1:])
+            grouped = on_gpu and bf16 and strides_of_16_bytes
+        # sort the pairs; pair p belongs to token p // k
+        n_pairs = chosen.numel()
+        expert, pair = chosen.flatten().sort(stable=True)              # [S * k] both
+        position = torch.arange(n_pairs, device=x.device)
+        size, total = counts, n_pairs
+        if bf16 and not on_gpu:
+            # oneDNN compiles a kernel for every new shape, and the slices have new
+            # lengths in each step. Rounded up to 64 rows there are few shapes: a step
+            # takes 0.6 of the time.
             size = (counts + 63) // 64 * 64
             total = int(size.sum())
-        shift = (size - counts).cumsum(0) - (size - counts)            # padding before expert e
-        slot = torch.empty_like(pairs).index_copy_(0, order, pairs + shift[expert])
-        token = slot.new_zeros(total).index_copy_(0, slot, pairs // self.top_k)
-        h = x.to(dtype).index_select(0, token)                         # [total, D]
-        gate, up = expert_matmul(h, self.w_in.to(dtype), size, grouped).chunk(2, dim=-1)
-        h = expert_matmul(F.silu(gate) * up, self.w_out.to(dtype), size, grouped)
-        h = h.index_select(0, slot).view(*chosen.shape, -1)            # [S, k, D], no padding
-        return (h * weight.to(dtype)[..., None]).sum(1)
+            padding_before = (size - counts).cumsum(0) - (size - counts)       # [E]
+            position = position + padding_before[expert]
+        # where each pair stands in the sorted rows, and which token each of those rows is
+        row_of_pair = torch.empty_like(pair).index_copy_(0, pair, position)
+        token = pair.new_zeros(total).index_copy_(0, position, pair // self.top_k)
+        # two matmuls per expert, on its slice
+        h = x.index_select(0, token)                                   # [total, D]
+        gate, up = expert_matmul(h, self.w_in.to(x.dtype), size, grouped).chunk(2, dim=-1)
+        h = expert_matmul(F.silu(gate) * up, self.w_out.to(x.dtype), size, grouped)
+        # back to token order, where padding is left behind
+        h = h.index_select(0, row_of_pair).view(*chosen.shape, -1)     # [S, k, D]
+        return (h * weight[..., None]).sum(1)
+
+    def few_tokens(self, x, chosen, weight):
+        """Return the same sum for a few tokens, as in decoding: fetch the weights of each
+        pair's expert instead of sorting the pairs."""
+        expert = chosen.flatten()
+        h = x.repeat_interleave(self.top_k, 0)[:, None]                # [S * k, 1, D]
+        gate, up = (h @ self.w_in[expert].to(x.dtype)).chunk(2, dim=-1)
+        h = (F.silu(gate) * up) @ self.w_out[expert].to(x.dtype)
+        return (h.view(*chosen.shape, -1) * weight[..., None]).sum(1)
 
     @torch.no_grad()
     def move_bias(self, step):
-        """Loss-free balancing (arXiv 2408.15664): after each optimiser step, an expert that got
-        less than its share since the last call becomes easier to choose, by a fixed step.
-        -> how uneven the step was: load of the busiest expert over the mean."""
+        """Balance without a loss (arXiv 2408.15664): after each optimiser step, make an
+        expert that got less than its share a little easier to choose, and the others a
+        little harder.
+
+        Return how uneven the step was: load of the busiest expert over the mean, a
+        tensor."""
+        # a step of fixed size, up for those below the mean, down for those above
         mean, most = self.load.mean(), self.load.max()
         self.bias += step * torch.sign(mean - self.load)
         self.load.zero_()
@@ -107,7 +155,9 @@ class MoE(nn.Module):
 
 
 def expert_matmul(x, w, size, grouped):
-    """x [sum of size, a] in slices of size [E], w [E, a, b] -> [., b]: slice e times w[e]."""
+    """Multiply slice e of x with w[e]. x [total, a] has slices of lengths size [E]; w [E,
+    a, b]."""
     if grouped:
         return F.grouped_mm(x, w, offs=size.cumsum(0).int())
-    return torch.cat([a @ b for a, b in zip(x.split(size.tolist()), w.unbind(0))])
+    slices = zip(x.split(size.tolist()), w.unbind(0), strict=True)
+    return torch.cat([rows @ weight for rows, weight in slices])

@@ -1,169 +1,249 @@
 """
-Train a transformer with Engram and its MoE-only twin of equal parameters and compute, and compare.
+Train a transformer with Engram, then its MoE-only twin of equal parameters and compute.
 
-    python train.py                          # both twins; on a CPU: Python's source, 7 to 8 minutes
+    python train.py                          # both twins, on Python's own source
     python train.py --model engram --steps 2000 --rho 0.5 --out_dir out2
     python train.py --resume                 # the same command again, after a crash or Ctrl-C
 
-The idea: a share of the sparse parameters sits in experts or in a table. Total and active ones,
-data and steps being equal, the gap between the curves is the memory's, up to the noise of seeds.
-"""
-from dataclasses import asdict, dataclass, fields
-from functools import partial
-from pathlib import Path
-import argparse
+The idea: a share of the sparse parameters sits in experts or in a table. Everything else
+being equal (total and active parameters, data, steps), the gap between the two curves is
+the memory's, up to the noise of seeds. """
+from common import (commit, fail, free_memory, keep_freed_memory, machine_name, new_figure,
+                    peak_bytes, run_script, write_whole)
+
 import json
 import math
+import os
 import platform
 import shlex
+import shutil
 import sys
 import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
-from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
-from engram import EngramConfig, RowAdam, canonical_ids, mapped, opt, place, table_parameters
-from model import GPT, GPTConfig, make_twins
-from prepare_data import (Data, Offline, commit, fail, keep_freed_memory, lock, need_memory,
-                          script, write_whole)
-from sample import compare, device_name, evaluate, load_checkpoint, peak_bytes, plot, report
+from engram import EngramConfig, RowAdam, canonical_ids, opt, table_parameters
+from flags import build, check_numbers, faster_dtype, parse
+from model import GPT, GPTConfig, load_checkpoint, token_losses
+from offload import check_rows, place
+from prepare_data import Data, Offline
+from runs import HARMLESS, compare, differences, flat, plot, read_logs
+from twins import shapes_of
+
+run_opt = partial(opt, group="run")
+data_opt = partial(opt, group="data")
+optim_opt = partial(opt, group="optimiser")
 
 
 @dataclass
 class Config:
-    """Flags, with GPTConfig's and EngramConfig's. Defaults stand here once: the laptop preset's."""
-    model: str = opt("both", "both twins, or one: engram, moe, or dense (as wide as is active)",
-                     ("both", "engram", "moe", "dense"))
-    preset: str = opt("auto", "auto: gpu where there is CUDA", ("auto", "laptop", "gpu"))
-    dataset: str = opt("auto", "python, tinystories, openwebtext or a name of your own; auto: "
-                       "tinystories on CUDA, else python")
-    data_dir: str = opt("data", "where prepare_data.py writes")
-    out_dir: str = opt("out", "logs, checkpoints and loss.png go here")
-    device: str = opt("auto", "cpu, cuda, cuda:1, ...")
-    dtype: str = opt("auto", "bfloat16: by autocast; auto: the faster one now; to compare, name it",
-                     ("auto", "float32", "bfloat16"))
-    table: str = opt("resident", "where the memory's table lives: resident (on the device), host "
-                     "(in host memory), disk (in a file under out_dir)",
-                     ("resident", "host", "disk"))
-    compile: bool = opt(False, "torch.compile; compiling comes first, so not for short runs")
-    seed: int = opt(0, "of the initial weights and the data order")
-    train_tokens: int = opt(0, "train on so many tokens alone, again and again; 0: all, one pass")
-    steps: int = opt(1200, "optimiser steps, capped at one pass over the data")
-    tokens_per_step: int = opt(2048, "tokens per optimiser step")
-    batch_size: int = opt(8, "sequences per micro-batch; the rest of a step is accumulated")
-    lr: float = opt(4e-3, "peak learning rate of the backbone")
-    table_lr: float = opt(5.0, "learning rate of the tables over the backbone's (paper: 5)")
-    weight_decay: float = opt(0.1, "of the matrices; tables, norms and biases have none")
-    warmup: float = opt(0.05, "share of the steps")
-    min_lr: float = opt(0.05, "share of the peak that cosine decay ends at")
-    grad_clip: float = opt(1.0, "bound on the global norm, gathered table rows included")
-    balance_step: float = opt(0.01, "step of the experts' selection bias")
-    balance_loss: float = opt(0.0, "weight of the balance loss; never in the reported loss")
-    rho: float = opt(0.75, "share of the sparse budget that stays with experts")
-    eval_every: int = opt(150, "steps between evaluations, each followed by a checkpoint")
-    eval_tokens: int = opt(65536, "validation tokens, always the same")
-    resume: bool = opt(False, "go on from the checkpoints in out_dir")
+    """Flags, together with GPTConfig's and EngramConfig's. The defaults are the laptop preset."""
+    model: str = run_opt("both", "both twins, or one: engram, moe, or dense (one feed-forward "
+                         "layer as wide as the active experts together)",
+                         ("both", "engram", "moe", "dense"))
+    preset: str = run_opt("auto", "set of defaults; auto: gpu where there is CUDA",
+                          ("auto", "laptop", "gpu"))
+    out_dir: str = run_opt("out", "folder for logs, checkpoints and loss.png")
+    resume: bool = run_opt(False, "continue from the checkpoints in out_dir")
+    device: str = run_opt("auto", "cpu, cuda, cuda:1, ...; auto: the accelerator, if any")
+    dtype: str = run_opt("auto", "bfloat16 (by autocast) or float32; auto: time both and "
+                         "take the faster; set it explicitly when you compare runs",
+                         ("auto", "float32", "bfloat16"))
+    table: str = run_opt("resident", "where the memory's table lives: resident (on the "
+                         "device) or host (in host memory)", ("resident", "host"))
+    compile: bool = run_opt(False, "use torch.compile; compiling takes a while, so it does "
+                            "not pay for short runs")
+    seed: int = run_opt(0, "seed of the initial weights and of the order of the data")
+    eval_every: int = run_opt(150, "steps between evaluations; each writes a checkpoint")
+    dataset: str = data_opt("auto", "python, tinystories, openwebtext or a name of your own; "
+                            "auto: tinystories on an accelerator, else python")
+    data_dir: str = data_opt("data", "folder that prepare_data.py writes to")
+    eval_tokens: int = data_opt(65536, "validation tokens, the same at every evaluation")
+    steps: int = optim_opt(1200, "optimiser steps; after a pass over the data it comes again "
+                           "in a new order")
+    tokens_per_step: int = optim_opt(2048, "tokens per optimiser step")
+    batch_size: int = optim_opt(8, "sequences per forward pass; the gradients of a step's "
+                                "passes are summed, so this changes memory and speed only")
+    lr: float = optim_opt(4e-3, "peak learning rate")
+    table_lr: float = optim_opt(5.0, "the tables' learning rate over lr (paper: 5)")
+    warmup_share: float = optim_opt(0.05, "share of the steps in which the rate rises")
+    min_lr_share: float = optim_opt(0.05, "share of lr that the cosine decay ends at")
+    weight_decay: float = optim_opt(0.1, "of matrices; tables, norms and biases have none")
+    grad_clip: float = optim_opt(1.0, "bound on the gradient's norm, table rows included")
+    balance_step: float = optim_opt(0.01, "step of the bias that balances the experts")
+    balance_loss: float = optim_opt(0.0, "weight of a balance loss; no reported loss has it")
+    rho: float = opt(0.75, "share of the sparse parameters that stays with experts",
+                     group="memory")
 
 
-# What the gpu preset changes: sized for 24 GB, never run by us on such a card.
+# What the gpu preset changes. It is sized for a card of 24 GB, and has never been run on
+# one.
 GPU = dict(n_layer=8, n_head=8, n_embd=512, block_size=512, n_expert=32, expert_hidden=256,
            shared_hidden=512, engram_blocks=(1, 4), engram_heads=8, engram_width=32,
            steps=1500, tokens_per_step=32768, batch_size=32, lr=1e-3, balance_step=0.002,
            eval_tokens=524288)
 
 
-# ---- flags --------------------------------------------------------------------------------------
+# ---- the loop --------------------------------------------------------------------------
 
-def parse(argv):
-    """-> Config, GPTConfig (with its EngramConfig). Later wins: defaults, preset, flags given."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for owner, prefix in ((Config, ""), (GPTConfig, ""), (EngramConfig, "engram_")):
-        for f in (f for f in fields(owner) if "help" in f.metadata):
-            kind = {bool: {"action": argparse.BooleanOptionalAction},
-                    tuple: {"type": int, "nargs": "+"}}.get(
-                    type(f.default), {"type": type(f.default), "choices": f.metadata["choices"]})
-            text = f"{f.metadata['help']} (default: {f.default})".replace("%", "%%")
-            parser.add_argument(f"--{prefix}{f.name}", default=argparse.SUPPRESS, help=text, **kind)
-    given = vars(parser.parse_args(argv))
-    device, preset = given.get("device", "auto"), given.get("preset", "auto")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        fail(f"device {device!r} is not usable here ({str(error).splitlines()[0]}); try cpu")
-    if preset == "auto":
-        preset = "gpu" if device.startswith("cuda") else "laptop"
-    values = {**(GPU if preset == "gpu" else {}), **given, "device": device, "preset": preset}
-    take = lambda owner, prefix="": owner(**{f.name: values[prefix + f.name] for f in fields(owner)
-                                             if prefix + f.name in values})
-    try:
-        values["engram"] = take(EngramConfig, "engram_")
-        cfg, shape = take(Config), take(GPTConfig)
-        check(cfg, shape)
-    except ValueError as error:
-        fail(error)
-    return cfg, shape
+def train(name, shape, cfg, data, bar, other):
+    """Train one model. Write out_dir/name/log.jsonl (a header line, then one line per
+    evaluation) and out_dir/name/ckpt.pt; both are replaced atomically.
+
+    bar: the progress bar. other: {step: validation loss} of the model trained before."""
+    path, device = Path(cfg.out_dir) / name / "ckpt.pt", torch.device(cfg.device)
+    model, backbone, tables, state = start(path, shape, cfg, data)
+    # compiled or not, it is the same model; evaluation uses it uncompiled
+    forward = torch.compile(model) if cfg.compile else model
+    moes = [block.moe for block in model.blocks if block.moe.n_expert]
+    # a step is computed in micro-batches, slices of its sequences
+    n_sequences = cfg.tokens_per_step // shape.block_size
+    parts = [slice(i, i + cfg.batch_size) for i in range(0, n_sequences, cfg.batch_size)]
+    first_step, lr = state["step"], 0.0
+    bar.update(first_step)
+    # since the last evaluation: when it ended, loss and load of each step
+    began, losses, loads = time.perf_counter(), [], []
+
+    for step in range(first_step, cfg.steps + 1):
+
+        # ---- evaluate, log and save: every eval_every steps, and after the last one
+        due = step % cfg.eval_every == 0 or step == cfg.steps
+        if due and step > first_step:
+            if device.type != "cpu":
+                torch.accelerator.synchronize(device)
+            spent = time.perf_counter() - began                    # in training alone
+            state["step"], state["seconds"] = step, state["seconds"] + spent
+            record = progress(state, cfg, lr, losses, loads, spent)
+            record |= evaluate(model, tables, data, cfg.batch_size, autocast(cfg))
+            check_finite(record["val_loss"], step, path)
+            state["records"].append(record)
+            save(path, model, backbone, tables, state)
+            bar.write(evaluation_line(name, record, cfg.steps, other))
+            plot(cfg.out_dir)
+            began, losses, loads = time.perf_counter(), [], []
+        if step == cfg.steps:
+            break
+
+        # ---- forward and backward
+        x, y = (torch.from_numpy(ids).to(device) for ids in data.batch(step))
+        # this needs tokens alone, so rows are under way before the forward pass
+        reads = model.read(x)
+        loss = 0.0
+        for part in parts:
+            part_reads = [read.part(part) for read in reads]
+            with autocast(cfg):
+                _, nats, balance = forward(x[part], y[part], part_reads)
+            ((nats + cfg.balance_loss * balance) / len(parts)).backward()
+            loss += nats.detach() / len(parts)
+        # here, and in unique() within model.read, the program waits for a GPU
+        loss = loss.item()
+        check_finite(loss, step, path)
+
+        # ---- update
+        missing = [key for key, p in model.named_parameters() if p.grad is None]
+        assert not missing, f"no gradient reached {missing}"
+        leaves = [read.leaf for read in reads]
+        torch.nn.utils.clip_grad_norm_([*model.parameters(), *leaves], cfg.grad_clip)
+        lr = learning_rate(step, cfg)
+        for group in backbone.param_groups:
+            group["lr"] = lr
+        backbone.step()
+        backbone.zero_grad()
+        tables.step(reads, lr * cfg.table_lr)
+        # balance the experts, and note how uneven their load was
+        load = sum(moe.move_bias(cfg.balance_step) for moe in moes)
+        losses.append(loss)
+        loads.append(load / max(1, len(moes)))
+        bar.set_postfix_str(f"{name}, loss {loss:.3f}", refresh=False)
+        bar.update()
 
 
-def check(cfg, shape):
-    for names, low, high in (("steps tokens_per_step batch_size eval_every eval_tokens", 1, 1e12),
-                             ("lr table_lr grad_clip", 1e-12, 1e12), ("warmup min_lr", 0, 1),
-                             ("seed weight_decay balance_step balance_loss train_tokens", 0, 1e12)):
-        for name in names.split():
-            if not low <= getattr(cfg, name) <= high:
-                raise ValueError(f"{name} {getattr(cfg, name)}: must be from {low} to {high}")
-    micro = cfg.batch_size * shape.block_size
-    if cfg.tokens_per_step % micro:
-        raise ValueError(f"tokens_per_step {cfg.tokens_per_step} is not a multiple of batch_size * "
-                         f"block_size = {cfg.batch_size} * {shape.block_size} = {micro}")
+def start(path, shape, cfg, data):
+    """Return the model, both optimisers and {step, seconds, records, header, run, ...}:
+    new ones, or as the checkpoint at path holds them. A checkpoint of another run is
+    refused."""
+    torch.manual_seed(cfg.seed)
+    # what makes this run what it is; a checkpoint of another one is refused
+    run = {name: value for name, value in asdict(cfg).items() if name not in HARMLESS}
+    run |= flat(asdict(shape))
+    run["tokenizer"] = data.meta["tokenizer"]["sha256"]
+    run |= {f"{split} data": data.meta[split]["sha256"] for split in ("train", "val")}
+    if shape.engram:
+        # the table, and beside it two moments of its size
+        need, free = 3 * 4 * table_parameters(shape.engram), free_memory()
+        if 0 < free < need:
+            fail(f"the table and its moments take {need / 1e9:,.1f} GB, {free / 1e9:.1f} GB "
+                 "are free: ask for fewer --engram_rows, or fewer --n_expert")
+    # the model: new, or as it was saved
+    saved = None
+    if path.exists():
+        saved, model = load_checkpoint(path)
+        # more steps than before are allowed; the schedule is then the longer one's
+        longer = saved["run"] | {"steps": max(cfg.steps, saved["step"])}
+        differ = differences(longer, run)
+        if differ:
+            fail(f"{path} is of another run (there, here): {', '.join(differ)}")
+    else:
+        compress = not shape.engram or shape.engram.compress
+        model = GPT(shape, canonical_ids(data.token_bytes, compress))
+    # move it, and then make optimisers of what has been moved
+    place(model, cfg.device, cfg.table)
+    if torch.device(cfg.device).type not in ("cpu", "cuda"):
+        check_rows(model, torch.from_numpy(data.batch(0)[0]))
+    backbone, tables = optimisers(model, cfg)
+    header = describe(path.parent.name, model, cfg, data)
+    state = {"step": 0, "seconds": 0.0, "records": [], "header": header, "run": run,
+             "shape": asdict(shape), "tokenizer": data.meta["tokenizer"],
+             "hash_probe": model.hash_probe()}
+    # and the state of training: new, or as it was saved
+    if saved:
+        backbone.load_state_dict(saved["backbone"])
+        for moments, old in zip(tables.state, saved["tables"], strict=True):
+            for key in moments:
+                moments[key].copy_(old[key])
+        # the header stays the first one's; what begins now is added to it
+        again = {key: header[key] for key in ("command", "commit", "torch", "device")}
+        again["from_step"] = saved["step"]
+        again["steps_before"] = saved["header"]["config"]["steps"]
+        saved["header"].setdefault("resumed", []).append(again)
+        saved["header"]["config"]["steps"] = cfg.steps
+        state |= {key: saved[key] for key in ("step", "seconds", "records", "header")}
+        write_log(path.with_name("log.jsonl"), state)
+    return model, backbone, tables, state
 
 
-def faster_dtype(device):
-    """bfloat16 where a matmul in it is at least 1.2x as fast. Some CPUs only emulate it."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        timer = Timer("a @ a", globals={"a": torch.randn(1024, 1024, device=device, dtype=dtype)},
-                      num_threads=torch.get_num_threads())
-        seconds[dtype] = min(timer.blocked_autorange(min_run_time=0.1).times)
-    return "bfloat16" if seconds[torch.float32] > 1.2 * seconds[torch.bfloat16] else "float32"
-
-
-def autocast(cfg):
-    return torch.autocast(torch.device(cfg.device).type, torch.bfloat16, cfg.dtype == "bfloat16")
-
-
-# ---- one model ----------------------------------------------------------------------------------
-
-def optimisers(model, cfg, new=torch.empty):
-    """AdamW for the backbone, row-wise Adam for the tables. One group per reason."""
-    groups = [dict(params=[], weight_decay=cfg.weight_decay),     # matrices
-              dict(params=[], weight_decay=0.0)]                  # norms, biases, conv taps
+def optimisers(model, cfg):
+    """Return AdamW for the backbone and row-wise Adam, without decay, for the tables."""
+    # one group per reason
+    matrices = dict(params=[], weight_decay=cfg.weight_decay)
+    # norms, biases and the taps of the convolution
+    others = dict(params=[], weight_decay=0.0)
     for name, p in model.named_parameters():
-        groups[p.ndim < 2 or name.endswith(".conv")]["params"].append(p)
-    return (torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True),
-            RowAdam([engram.table for engram in model.engrams()], new=new))      # no decay
+        group = others if p.ndim < 2 or name.endswith(".conv") else matrices
+        group["params"].append(p)
+    adamw = torch.optim.AdamW([matrices, others], lr=cfg.lr, betas=(0.9, 0.95), fused=True)
+    return adamw, RowAdam([engram.table for engram in model.engrams()])
 
 
 def learning_rate(step, cfg):
-    warmup = max(1, round(cfg.warmup * cfg.steps))
+    """Rise linearly, then fall as a cosine to a share of the peak."""
+    warmup = max(1, round(cfg.warmup_share * cfg.steps))
     if step < warmup:
         return cfg.lr * (step + 1) / warmup
-    share = (step - warmup) / max(1, cfg.steps - warmup)
-    return cfg.lr * (cfg.min_lr + (1 - cfg.min_lr) * (1 + math.cos(math.pi * share)) / 2)
+    done = (step - warmup) / max(1, cfg.steps - warmup)
+    cosine = (1 + math.cos(math.pi * done)) / 2
+    return cfg.lr * (cfg.min_lr_share + (1 - cfg.min_lr_share) * cosine)
 
 
-def describe(name, model, cfg, data):
-    """-> the first record of a log: all that is needed to understand and repeat the run."""
-    known = {k: v for k, v in data.meta.items() if k not in ("tokenizer", "args")}
-    return {"command": shlex.join(["train.py", *sys.argv[1:]]), "model": name,
-            "config": asdict(cfg), "shape": asdict(model.cfg), "accounting": model.accounting(),
-            "parameters_by_kind": model.parameters_by_kind(), "data": {**known, "note": data.note},
-            "copyable_tokens": int(data.copyable.sum()), "commit": commit(),
-            "python": platform.python_version(), "torch": str(torch.__version__),
-            "device": device_name(cfg.device), "threads": torch.get_num_threads()}
+def autocast(cfg):
+    device_type = torch.device(cfg.device).type
+    return torch.autocast(device_type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
 
 
 def check_finite(loss, step, path):
@@ -172,143 +252,200 @@ def check_finite(loss, step, path):
         fail(f"the loss is {loss} at step {step}; {kept}; try a lower --lr")
 
 
-def start(path, run, shape, cfg, data):
-    """-> model, backbone and table optimisers, state of training: new, or as the checkpoint at
-    path has them, which is refused unless it is of this run."""
-    torch.manual_seed(cfg.seed)
-    canonical = canonical_ids(data.token_bytes, not shape.engram or shape.engram.compress)
-    if shape.engram and cfg.table != "disk":
-        each = 4 if cfg.table == "resident" and cfg.device != "cpu" else 13       # with moments
-        need_memory((1 + path.exists()) * each * table_parameters(shape.engram), "the table")
-    new = partial(mapped, path.parent) if cfg.table == "disk" else torch.empty
-    saved, model = load_checkpoint(path, new) if path.exists() else \
-        (None, GPT(shape, canonical, new))
-    if saved and (differ := [f"{k} {v!r} there, {run.get(k)!r} here"
-                             for k, v in saved["run"].items() if v != run.get(k)]):
-        fail(f"{path} is of another run: {'; '.join(differ)}")
-    place(model, cfg.device, cfg.table)
-    backbone, tables = optimisers(model, cfg, new)
-    header = describe(path.parent.name, model, cfg, data)
-    if not saved:
-        return model, backbone, tables, 0, 0.0, [], header
-    backbone.load_state_dict(saved["backbone"])
-    for state, old in zip(tables.state, saved["tables"], strict=True):
-        for name in state:
-            state[name].copy_(old[name])
-    saved["header"].setdefault("resumed", []).append(
-        {k: header[k] for k in ("command", "commit", "torch", "device", "threads")})
-    return model, backbone, tables, *(saved[k] for k in ("step", "seconds", "records", "header"))
+# ---- evaluation ------------------------------------------------------------------------
+
+@contextmanager
+def watch(model):
+    """Record what each memory layer does in the forward passes within. Yield, per layer,
+    a dict of two lists: "gate", alpha [B, T] of each pass, and "added", |what the memory
+    adds| / |h|."""
+    def record_gate(gate, kept, *args):
+        alpha = gate(*args)
+        kept.append(alpha.detach().float().squeeze(-1))
+        return alpha
+
+    def record_added(kept, module, args, out):
+        kept.append(float((out.norm() / args[0].norm()).detach()))
+
+    # the hooks note what passes by, and are taken off at the end
+    seen = [{"gate": [], "added": []} for _ in model.engrams()]
+    hooks = []
+    for engram, layer in zip(model.engrams(), seen, strict=True):
+        hooks.append(engram.register_forward_hook(partial(record_added, layer["added"])))
+        if hasattr(engram, "gate"):      # a module that was edited may have none
+            engram.gate = partial(record_gate, engram.gate, layer["gate"])
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for engram in model.engrams():
+            vars(engram).pop("gate", None)
 
 
-def write_log(path, header, records):
-    lines = [json.dumps(record) + "\n" for record in [header, *records]]
+def evaluate(model, tables, data, batch_size, autocast):
+    """Return the losses on the validation set, always the same tokens, and signs that the
+    memory is alive, a number per memory layer: mean, spread and percentiles of the gate,
+    |what it adds| / |h|, share of the table's rows that training has visited. It draws no
+    random numbers."""
+    # one pass over the validation set gives the losses and what the hooks have seen
+    with watch(model) as seen:
+        losses = token_losses(model, data.val_x, data.val_y, batch_size, autocast)
+    record = data.score(losses.double().numpy())
+    for layer, moments in zip(seen, tables.state, strict=True):
+        signs = {"out_over_h": np.mean(layer["added"]),
+                 "rows_touched": (moments["visits"] > 0).float().mean()}
+        if layer["gate"]:
+            gate = torch.cat([alpha.flatten() for alpha in layer["gate"]]).cpu()
+            low, high = np.percentile(gate, (5, 95))
+            signs |= {"gate_mean": gate.mean(), "gate_std": gate.std(), "gate_p5": low,
+                      "gate_p95": high}
+        for key, value in signs.items():
+            record.setdefault(key, []).append(float(value))
+    return record
+
+
+def progress(state, cfg, lr, losses, loads, spent):
+    """Return what a log says of the training since the last evaluation. losses, loads: of
+    its steps; spent: its seconds."""
+    tokens = len(losses) * cfg.tokens_per_step
+    return {"step": state["step"], "tokens": state["step"] * cfg.tokens_per_step,
+            "seconds": state["seconds"], "tokens_per_s": tokens / spent, "lr": lr,
+            "train_loss": sum(losses) / len(losses),
+            "load_max": float(sum(loads)) / len(loads),
+            "peak_bytes": peak_bytes(cfg.device)}
+
+
+def evaluation_line(name, record, steps, other):
+    """Return what is printed of an evaluation. other: {step: loss} of the model trained
+    before."""
+    line = (f"{name:6s} step {record['step']:,} of {steps:,}, "
+            f"{record['tokens'] / 1e6:.2f}M tokens: train loss {record['train_loss']:.4f}, "
+            f"validation {record['val_loss']:.4f}, {record['tokens_per_s']:,.0f} tokens/s")
+    if record["step"] in other:
+        line += f", {record['val_loss'] - other[record['step']]:+.4f} against the first"
+    return line
+
+
+# ---- files -----------------------------------------------------------------------------
+
+def describe(name, model, cfg, data):
+    """Return the first line of a log: all that is needed to understand and repeat the
+    run."""
+    # of the data: where it comes from, its sizes and hashes
+    known = {k: v for k, v in data.meta.items() if k not in ("tokenizer", "args")}
+    return {"command": shlex.join(["train.py", *sys.argv[1:]]), "model": name,
+            "config": asdict(cfg), "shape": asdict(model.cfg),
+            "accounting": model.accounting(),
+            "parameters_by_kind": model.parameters_by_kind(),
+            "data": {**known, "note": data.note},
+            "copyable_tokens": int(data.copyable.sum()), "passes": data.passes,
+            "commit": commit(), "python": platform.python_version(),
+            "torch": str(torch.__version__), "device": machine_name(cfg.device),
+            "threads": torch.get_num_threads()}
+
+
+def save(path, model, backbone, tables, state):
+    """Write log and checkpoint. The log first: a checkpoint is never ahead of it."""
+    write_log(path.with_name("log.jsonl"), state)
+    content = {"model": model.state_dict(), "backbone": backbone.state_dict(),
+               "tables": tables.state, **state}
+    write_whole(path, partial(torch.save, content))
+
+
+def write_log(path, state):
+    lines = [json.dumps(record) + "\n" for record in [state["header"], *state["records"]]]
     write_whole(path, lambda file: file.write("".join(lines).encode()))
 
 
-def train(name, shape, cfg, data):
-    """Train one model -> the model. Under out_dir/name: log.jsonl (a header, then a record per
-    evaluation) and ckpt.pt, both whole at any moment."""
-    out, device = Path(cfg.out_dir) / name, torch.device(cfg.device)
-    path, free = out / "ckpt.pt", "resume model preset out_dir data_dir dataset device table"
-    run = {**{k: v for k, v in asdict(cfg).items() if k not in free.split()}, **asdict(shape),
-           "tokenizer": data.meta["tokenizer"]["sha256"],
-           **{split: data.meta[split]["sha256"] for split in ("train", "val")}}
-    model, backbone, tables, step, seconds, records, header = start(path, run, shape, cfg, data)
-    forward = torch.compile(model) if cfg.compile else model
-    if records:         # a log that was lost or damaged: the checkpoint has it whole
-        write_log(out / "log.jsonl", header, records)
-    sequences = cfg.tokens_per_step // shape.block_size
-    micro = [slice(i, i + cfg.batch_size) for i in range(0, sequences, cfg.batch_size)]
-    moes = [block.moe for block in model.blocks if shape.n_expert]
-    bar = tqdm(total=cfg.steps, initial=step, desc=name, unit="step", leave=False,
-               mininterval=0.1 if sys.stderr.isatty() else 10)
-    while step < cfg.steps:
-        train_loss, uneven, began, first = 0.0, 0.0, time.perf_counter(), step
-        while step == first or step % cfg.eval_every and step < cfg.steps:
+# ---- the command -----------------------------------------------------------------------
 
-            # ---- forward and backward
-            x, y = (torch.from_numpy(t).to(device) for t in data.batch(step, sequences))
-            reads = model.read(x)           # once a step: the addresses need the tokens alone
-            loss = 0.0
-            for part in micro:
-                with autocast(cfg):
-                    _, nats, balance = forward(x[part], y[part], [r.micro(part) for r in reads])
-                ((nats + cfg.balance_loss * balance) / len(micro)).backward()
-                loss += nats.detach() / len(micro)
-            check_finite(loss := loss.item(), step, path)         # a GPU is waited for here alone
+def read_flags(argv):
+    """Return Config and GPTConfig. A flag that is given wins over the preset, and that
+    over the defaults."""
+    owners = [(Config, "", "run"), (GPTConfig, "", "model"),
+              (EngramConfig, "engram_", "memory")]
+    values = parse(argv, __doc__, owners, GPU)
+    try:
+        values["engram"] = build(EngramConfig, values, "engram_")
+        cfg, shape = build(Config, values), build(GPTConfig, values)
+        check_numbers(cfg, shape.block_size)
+    except ValueError as error:
+        fail(error)
+    return cfg, shape
 
-            # ---- update
-            missing = [n for n, p in model.named_parameters() if p.grad is None]
-            assert not missing, f"no gradient reached {missing}"
-            leaves = [read.leaf for read in reads]
-            torch.nn.utils.clip_grad_norm_([*model.parameters(), *leaves], cfg.grad_clip)
-            lr = learning_rate(step, cfg)
-            for group in backbone.param_groups:
-                group["lr"] = lr
-            backbone.step()
-            tables.step(reads, lr * cfg.table_lr)
-            backbone.zero_grad()
-            uneven += sum(moe.move_bias(cfg.balance_step) for moe in moes) / max(1, len(moes))
-            step, train_loss = step + 1, train_loss + loss
-            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-            bar.update()
 
-        # ---- evaluate, save, log
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        spent, steps = time.perf_counter() - began, step - first
-        seconds += spent                    # of training alone
-        records.append({"step": step, "tokens": step * cfg.tokens_per_step, "seconds": seconds,
-                        "tokens_per_s": steps * cfg.tokens_per_step / spent, "lr": lr,
-                        "train_loss": train_loss / steps, "load_max": float(uneven) / steps,
-                        "peak_bytes": peak_bytes(device),
-                        **evaluate(model, tables, data, cfg.batch_size, autocast(cfg))})
-        check_finite(records[-1]["val_loss"], step, path)
-        # the log first: a checkpoint is never ahead of it
-        write_log(out / "log.jsonl", header, records)
-        write_whole(path, lambda f: torch.save({
-            "model": model.state_dict(), "backbone": backbone.state_dict(), "tables": tables.state,
-            "step": step, "seconds": seconds, "records": records,
-            "tokenizer": data.meta["tokenizer"], "shape": asdict(shape), "run": run,
-            "header": header}, f))
-    bar.close()
-    return model
+def checkpoints(cfg):
+    """Return {model: path of its checkpoint}, if --resume fits what is there. Settle
+    --dtype."""
+    # both twins, or one model; either none of them has been begun, or --resume is given
+    names = ("engram", "moe") if cfg.model == "both" else (cfg.model,)
+    paths = {name: Path(cfg.out_dir) / name / "ckpt.pt" for name in names}
+    there = [path for path in paths.values() if path.exists()]
+    if there and not cfg.resume:
+        fail(f"{there[0]} exists: continue with --resume, or use another --out_dir")
+    if cfg.resume and not there:
+        fail(f"nothing to resume: there is no {paths[names[0]]}; leave out --resume")
+    if cfg.dtype == "auto" and there:
+        # timed once per run: a resumed one continues as it began
+        cfg.dtype = load_checkpoint(there[0], map_file=True)[0]["run"]["dtype"]
+    elif cfg.dtype == "auto":
+        cfg.dtype = faster_dtype(cfg.device)
+    for path in paths.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return paths
 
 
 def main(argv=None):
     keep_freed_memory()
-    cfg, shape = parse(argv)
-    out, names = Path(cfg.out_dir), ("engram", "moe") if cfg.model == "both" else (cfg.model,)
-    with lock(*(out / name for name in names)):
-        there = [out / name / "ckpt.pt" for name in names if (out / name / "ckpt.pt").exists()]
-        if there and not cfg.resume:
-            fail(f"{there[0]} exists: --resume goes on with it, another --out_dir begins anew")
-        if cfg.resume and not there:
-            fail(f"nothing to resume: no {out / names[0] / 'ckpt.pt'}; leave out --resume")
-        if cfg.dtype == "auto":     # timed once a run: a resumed one goes on as it began
-            cfg.dtype = load_checkpoint(there[0], None)[0]["run"]["dtype"] if there else \
-                faster_dtype(cfg.device)
-        try:
-            data = Data(cfg, shape.block_size)
-            shape.vocab_size = data.meta["vocab_size"]
-            shapes, lines = make_twins(shape, cfg.rho)
-        except (Offline, ValueError) as error:
-            fail(error)
-        print(*lines, f"{data.name}: {cfg.steps} steps x {cfg.tokens_per_step} tokens, {cfg.dtype} "
-              f"on {device_name(cfg.device)}", sep="\n", flush=True)
-        try:
-            models = {name: train(name, shapes[name], cfg, data) for name in names}
-        except KeyboardInterrupt:
+    cfg, shape = read_flags(argv)
+    # try now what is needed later: one process, a compiler, pictures
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail("several processes are not supported: start python train.py, without torchrun")
+    compilers = (os.environ.get("CXX", "g++"), "clang++")
+    if cfg.compile and not any(map(shutil.which, compilers)):
+        fail("--compile needs a C++ compiler; there is no g++ or clang++ here: leave it out")
+    new_figure()
+    paths = checkpoints(cfg)
+    try:
+        n_sequences = cfg.tokens_per_step // shape.block_size
+        data = Data(cfg.dataset, cfg.data_dir, shape.block_size, n_sequences, cfg.steps,
+                    cfg.seed, cfg.eval_tokens, cfg.device)
+        shape.vocab_size = data.meta["vocab_size"]
+        shapes, lines = shapes_of(cfg.model, shape, cfg.rho)
+    except (Offline, ValueError) as error:
+        fail(error)
+    # say what is about to happen
+    lines.append(f"data    {data.name}: {cfg.steps:,} steps x {cfg.tokens_per_step:,} tokens "
+                 f"are {data.passes:.2f} passes over {len(data.train):,} tokens")
+    if data.passes > 2:
+        lines.append("        tables overfit beyond about two: watch the validation loss")
+    print(*lines, f"run     {cfg.dtype} on {machine_name(cfg.device)}", sep="\n", flush=True)
+    first = next(iter(paths))
+    # train one model after the other
+    try:
+        # disable=None: no bar where stderr is no terminal
+        total = cfg.steps * len(paths)
+        with tqdm(total=total, unit="step", leave=False, disable=None) as bar:
+            for name in paths:
+                other = {}
+                if name != first:
+                    # the losses of the first, to print the gap beside the second's
+                    records = read_logs(cfg.out_dir)[first][1]
+                    other = {record["step"]: record["val_loss"] for record in records}
+                train(name, shapes[name], cfg, data, bar, other)
+    except KeyboardInterrupt:
+        # how to go on, as a command to copy
+        message = f"before the first checkpoint (step {cfg.eval_every}); start again"
+        if any(path.exists() for path in paths.values()):
             again = shlex.join(["python", *sys.argv] + ["--resume"] * (not cfg.resume))
-            kept = any((out / name / "ckpt.pt").exists() for name in names)
-            print(f"\nstopped; the last checkpoint is kept, go on with: {again}" if kept else
-                  f"\nstopped before the first checkpoint (step {cfg.eval_every}); begin anew",
-                  file=sys.stderr)
-            sys.exit(130)
-        plot(out)
-        print(*compare(out), f"curves: {out / 'loss.png'}",
-              *report(models, data, cfg.batch_size, autocast(cfg)), sep="\n")
+            message = f"the last checkpoint is kept, continue with: {again}"
+        print(f"\nstopped; {message}", file=sys.stderr)
+        raise SystemExit(130) from None
+    # the result
+    plot(cfg.out_dir)
+    print("", *compare(cfg.out_dir), f"curves: {Path(cfg.out_dir) / 'loss.png'}", sep="\n")
 
 
 if __name__ == "__main__":
-    script(main)
+    run_script(main)

@@ -1,0 +1,135 @@
+""" What every script needs and no reader must know: how errors end, how files are
+written, what the machine is. It imports none of our other files. Import it before torch,
+see the first statement. """
+import argparse
+import ctypes
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+# Threads of a parallel operation wait for each other in a busy loop. Beside one other
+# busy process that costs nine tenths of the speed. After this many rounds of the loop
+# they sleep instead, which costs nothing on an idle machine (measured: LOG.md). OpenMP
+# reads it once, when torch is imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def fail(message):
+    """Print one line on stderr and exit with code 2: every mistake of a user ends like
+    this."""
+    # on a terminal a progress bar may stand in the current line
+    start = "\n" if sys.stderr.isatty() else ""
+    print(f"{start}error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def run_script(main):
+    """Run main(). Ctrl-C and a reader of our output that has gone end it without a
+    traceback."""
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        # as in `python sample.py | head`: nobody wants the rest, so the final flush must
+        # not fail
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    except OSError as error:
+        fail(error)
+
+
+def write_whole(path, write):
+    """Call write(file), then rename the file to path: there is never half a file at path.
+    The name in between holds the process's id, so two runs cannot mix their files."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        # torch.save hides a full disk, and even Ctrl-C, behind errors of its own: find
+        # the first
+        cause = error
+        while cause.__context__ is not None:
+            cause = cause.__context__
+        if isinstance(cause, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        fail(f"{path} could not be written ({cause}); what was there before is kept")
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def commit():
+    """Return the git commit that is checked out here, "-dirty" if files have changed
+    since."""
+    here = shlex.quote(str(Path(__file__).resolve().parent))
+    return subprocess.getoutput(f"git -C {here} describe --always --dirty 2>&-")
+
+
+def machine_name(device):
+    """Return what a log says of the hardware. device: "cpu", "cuda", ..."""
+    import torch
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    capability = torch.backends.cpu.get_cpu_capability()
+    name = f"{platform.machine()} with {capability}, {os.cpu_count()} cores"
+    return name if device == "cpu" else f"{device}, {name}"
+
+
+def peak_bytes(device):
+    """Return the most memory held so far: by the process, on an accelerator by its
+    tensors."""
+    import torch
+    if device != "cpu":
+        return torch.accelerator.max_memory_allocated(torch.device(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def free_memory():
+    """Return the bytes of host memory that are free or can be freed; 0 where nobody
+    says."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    kilobytes = {line.split(":")[0]: line.split()[1] for line in lines}
+    return int(kilobytes["MemAvailable"]) * 1024
+
+
+def keep_freed_memory():
+    """Have glibc keep large freed blocks. By default it hands them back to the system,
+    and each step maps and clears its activations anew: a quarter of a step on a CPU
+    (LOG.md)."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        # M_MMAP_MAX: no block gets a mapping of its own
+        libc.mallopt(-4, 0)
+        # M_TRIM_THRESHOLD: keep up to 2 GB
+        libc.mallopt(-1, 2 ** 31 - 1)
+
+
+def new_figure(**size):
+    """Return a matplotlib Figure. It is drawn into a file, so no backend is needed; the
+    one that a notebook leaves in the environment must not be looked for."""
+    os.environ.pop("MPLBACKEND", None)
+    from matplotlib.figure import Figure
+    return Figure(layout="constrained", **size)
+
+
+def make_parser(doc, usage):
+    """Return an argument parser whose --help shows doc, and whose errors are one line."""
+    parser = argparse.ArgumentParser(description=doc, usage=usage, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = fail
+    return parser

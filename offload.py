@@ -1,0 +1,149 @@
+"""
+Where Engram's table lives: on the model's device, in host memory, or in a mapped file.
+
+    python train.py --table host         # the same losses, the table in host memory
+    python bench_offload.py              # what that costs: predicted, then measured
+
+The idea: the row numbers depend on token ids alone, so a layer's rows are known before
+the first block runs. Fetch them while the blocks before the memory compute, and wait only
+at the place of use. What takes part, in the order in which it appears:
+
+    leaf            the small tensor [U, d] on the model's device that the forward pass
+                    reads. It is empty at first. A Read carries it (engram.py).
+    worker          a thread beside the main one. It gathers rows of the table in host
+                    memory, so that the main thread can go on and start the blocks.
+    staging buffer  where the worker puts the rows for a GPU. It is pinned (the system may
+                    not move it): only from pinned memory can a GPU copy while it computes.
+    copy stream     a queue of the GPU for this copy alone. In the queue that computes it
+                    would wait for the blocks before it, which we want to avoid.
+    event           a mark in the copy stream, behind the copy. At the place of use the
+                    queue that computes waits for it. No thread does.
+
+Time runs to the right; the forward pass of a step with the memory in block 1:
+
+    main thread     hash, start | block 0 | ready | block 1 ...       it only fills queues
+    worker                      gather -> staging buffer
+    copy stream                                 copy to leaf, event
+    compute queue               block 0 ============| wait | memory, block 1 ======
+
+On a CPU there are neither queues nor copies: the worker gathers straight into leaf, and
+ready() waits for the worker. The table itself is not pinned: the GPU never touches it.
+"""
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+
+import numpy as np
+import torch
+
+from common import fail
+
+
+class Fetch:
+    """Reads the rows of a table that is not on the model's device. Every read has a
+    staging buffer and a leaf of its own, so several can be under way at once."""
+
+    def __init__(self, prefetch=True):
+        """prefetch False: gather at the place of use, where everything waits for it. That
+        is the baseline which bench_offload.py compares with."""
+        self.worker = ThreadPoolExecutor(1, "prefetch") if prefetch else None
+        self.copy_stream = None
+
+    def start(self, table, row_ids):
+        """Begin to read rows [U] of table [R, d]. Call it after the update that it must
+        see.
+
+        Return the row numbers beside the table; leaf [U, d] on the model's device, still
+        empty; and ready(), which must be called before leaf is used and passes on what
+        went wrong, if anything did."""
+        leaf = table.new_empty(len(row_ids), table.size(1), device=row_ids.device)
+        arrived = None
+        if leaf.is_cuda:
+            # copy the row numbers to the host; the event says when they are there
+            host = torch.empty(row_ids.shape, dtype=row_ids.dtype, pin_memory=True)
+            row_ids = host.copy_(row_ids, non_blocking=True)
+            arrived = torch.cuda.current_stream(leaf.device).record_event()
+        job = (table, row_ids, leaf.detach(), arrived)
+        if self.worker is not None:
+            gathered = self.worker.submit(self.gather, *job).result
+        else:
+            # cache: run it at the first call of ready(), and keep what it returned for
+            # later calls
+            gathered = cache(partial(self.gather, *job))
+        return row_ids, leaf, partial(self.finish, gathered, leaf)
+
+    def gather(self, table, row_ids, leaf, arrived):
+        """Fill leaf. For a GPU, return the event behind the copy: leaf is filled when
+        that has passed. arrived: the event after which row_ids can be read and leaf's
+        memory is free."""
+        if not leaf.is_cuda:
+            take(table, row_ids, leaf)
+            return None
+        if self.worker is not None:
+            arrived.synchronize()
+        else:
+            # the GPU is behind the program: to be at the place of use is to wait for all
+            # of it
+            torch.cuda.current_stream(leaf.device).synchronize()
+        staging = torch.empty(leaf.shape, dtype=leaf.dtype, pin_memory=True)
+        take(table, row_ids, staging)
+        if self.copy_stream is None:
+            self.copy_stream = torch.cuda.Stream(leaf.device)
+        # a leaf that was made in inference mode may be written in inference mode only,
+        # and that mode belongs to a thread
+        with torch.cuda.stream(self.copy_stream), torch.inference_mode(leaf.is_inference()):
+            leaf.copy_(staging, non_blocking=True)
+            # torch reuses the memory of staging and leaf only after this copy, even if
+            # they are dropped before it has run
+            leaf.record_stream(self.copy_stream)
+            return self.copy_stream.record_event()
+
+    @torch.compiler.disable
+    def finish(self, gathered, leaf):
+        """Wait for the worker and, on a GPU, queue what comes next behind the copy."""
+        event = gathered()
+        if event is not None:
+            torch.cuda.current_stream(leaf.device).wait_event(event)
+
+
+def take(table, row_ids, out):
+    """Copy rows of table [R, d] to out [U, d], both on the CPU.
+
+    By numpy, because torch's index_select would start a second team of OpenMP threads in
+    the worker, which spin beside the model's (training ran at 0.65 of its speed on two
+    cores). numpy knows no bfloat16, hence bytes. With mode="clip" it writes to out
+    directly; row numbers are in range by construction."""
+    table_bytes = table.view(torch.uint8).numpy()
+    out_bytes = out.view(torch.uint8).numpy()
+    np.take(table_bytes, row_ids.numpy(), axis=0, out=out_bytes, mode="clip")
+
+
+def place(model, device, where="resident", prefetch=True):
+    """Move a GPT to device. With where "host" its tables stay on the CPU, in memory or in
+    the file that they are mapped from."""
+    if where == "resident":
+        model.to(device)
+        return
+    # take the tables off the model, move the rest, and put them back
+    tables = [engram.table for engram in model.engrams()]
+    for engram in model.engrams():
+        engram.table = None
+    model.to(device)
+    fetch = Fetch(prefetch)
+    for engram, table in zip(model.engrams(), tables, strict=True):
+        engram.table, engram.fetch = table, fetch
+
+
+def check_rows(model, idx):
+    """Refuse a device that reads other rows for tokens idx [B, T] than the CPU does. On
+    kinds of devices other than cpu and cuda, unique() and index_select() have had silent
+    errors."""
+    device = model.canonical.device
+    x = model.canonical.cpu()[idx]
+    reads = model.read(idx.to(device))
+    for engram, read in zip(model.engrams(), reads, strict=True):
+        values = read.leaf[read.inverse].cpu()
+        on_cpu = copy.deepcopy(engram).cpu()
+        if not torch.equal(values, on_cpu.table[on_cpu.hash(x)]):
+            fail(f"device {device} reads other rows of the table than the CPU does, so it "
+                 "cannot be used: take --device cpu")

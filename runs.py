@@ -1,0 +1,147 @@
+"""
+Read the logs of runs and lay them side by side: the table, the finding, and the picture.
+
+    python train.py --resume     # of a finished run: print its table, draw loss.png
+
+The idea: everything that is said of a run is read from its log, out_dir/MODEL/log.jsonl,
+so it can be said again at any time. Two runs are compared only if they differ in nothing
+but the model. """
+import json
+from pathlib import Path
+
+from common import fail, new_figure, write_whole
+
+MODELS = {"engram": "Engram", "moe": "MoE-only twin", "dense": "dense"}
+
+# Two runs may differ in these: they do not change what is computed.
+HARMLESS = ("resume", "model", "preset", "out_dir", "data_dir", "dataset", "device", "table",
+            "compile", "batch_size", "eval_every")
+
+
+def read_log(path):
+    """Return the header and the records of a log; None where there is no log with a
+    record."""
+    if not path.exists():
+        return None
+    try:
+        header, *records = [json.loads(line) for line in path.read_text().splitlines()]
+        # the fields without which nothing can be said of a run
+        header["accounting"], header["config"], header["shape"], header["data"]
+        for record in records:
+            record["step"], record["tokens"], record["val_loss"], record["val_bpb"]
+    except (ValueError, KeyError, TypeError) as error:
+        fail(f"{path} is not a readable log ({type(error).__name__}: {error}); --resume of "
+             "its run writes it again")
+    return (header, records) if records else None
+
+
+def read_logs(out_dir):
+    """Return {model: (header, records)} of the runs in out_dir."""
+    logs = {name: read_log(Path(out_dir) / name / "log.jsonl") for name in MODELS}
+    return {name: log for name, log in logs.items() if log}
+
+
+def flat(shape):
+    """Return the fields of a shape in one dict, those of its memory as engram_NAME."""
+    fields = {key: value for key, value in shape.items() if key != "engram"}
+    memory = shape["engram"] or {}
+    return fields | {f"engram_{key}": value for key, value in memory.items()}
+
+
+def differences(a, b, ignore=()):
+    """Return what two dicts differ in, each as "name (value in a, value in b)"."""
+    found = []
+    for key in {**a, **b}:
+        x, y = a.get(key), b.get(key)
+        # a tuple comes back from a file as a list
+        x = list(x) if isinstance(x, tuple) else x
+        y = list(y) if isinstance(y, tuple) else y
+        if key not in ignore and x != y:
+            found.append(f"{key} ({x}, {y})")
+    return found
+
+
+def twin_differences(engram, moe):
+    """Return in what two runs (header, records) differ, other than Engram and its twin
+    must."""
+    known = []
+    for header, records in (engram, moe):
+        # how many experts, how wide the shared one, and the memory: the twins' own
+        # differences
+        shape = {key: value for key, value in header["shape"].items()
+                 if key not in ("engram", "n_expert", "shared_hidden")}
+        known.append({**header["config"], **shape, "data": header["data"]["train"]["sha256"],
+                      "tokens": records[-1]["tokens"]})
+    found = differences(*known, ignore=HARMLESS)
+    for key in ("P_tot", "P_act"):
+        p, q = engram[0]["accounting"][key], moe[0]["accounting"][key]
+        if abs(p / q - 1) > 0.01:
+            found.append(f"{key} ({p:,}, {q:,})")
+    return found
+
+
+def crossing(records, target, key="val_loss"):
+    """Return the tokens at which the loss of that name first reached target, linear
+    between evaluations; None if it never did."""
+    if records[0][key] <= target:
+        return records[0]["tokens"]
+    for before, after in zip(records[:-1], records[1:], strict=True):
+        if after[key] <= target:
+            share = (before[key] - target) / (before[key] - after[key])
+            return before["tokens"] + share * (after["tokens"] - before["tokens"])
+    return None
+
+
+def compare(out_dir):
+    """Return the lines of a table of the runs in out_dir, and what the memory was
+    worth."""
+    runs = read_logs(out_dir)
+    columns = [("", "P_tot, all but the embedding", "P_act, used per token",
+                "training tokens", "validation, nats per token",
+                "validation, bits per byte")]
+    for name, (header, records) in runs.items():
+        last, size = records[-1], header["accounting"]
+        columns.append((name, f"{size['P_tot']:,}", f"{size['P_act']:,}",
+                        f"{last['tokens']:,}", f"{last['val_loss']:.4f}",
+                        f"{last['val_bpb']:.4f}"))
+    lines = []
+    for title, *cells in zip(*columns, strict=True):
+        lines.append(f"{title:30s}" + "".join(f"{cell:>12s}" for cell in cells))
+    if "engram" not in runs or "moe" not in runs:
+        return lines
+    differ = twin_differences(runs["engram"], runs["moe"])
+    if differ:
+        return [*lines, f"these runs are not comparable: they differ in {', '.join(differ)}"]
+    (header, engram), (_, moe) = runs["engram"], runs["moe"]
+    target = moe[-1]["val_loss"]
+    lines.append(f"Engram minus its twin: {engram[-1]['val_loss'] - target:+.4f} nats per "
+                 f"token (n=1, seed {header['config']['seed']})")
+    reached = crossing(engram, target)
+    if reached is None:
+        lines.append("Engram did not reach its twin's final loss")
+    else:
+        lines.append("Engram reached its twin's final loss after "
+                     f"{reached / moe[-1]['tokens']:.0%} of the tokens")
+    return lines
+
+
+def plot(out_dir):
+    """Draw out_dir/loss.png from the logs. Its title says the result so far."""
+    figure = new_figure(figsize=(7, 4.5))
+    axes = figure.subplots()
+    losses, styles = {}, ("-", "--", ":")          # losses: {model: {step: loss}}
+    for (name, (_, records)), style in zip(read_logs(out_dir).items(), styles, strict=False):
+        losses[name] = {record["step"]: record["val_loss"] for record in records}
+        axes.plot([record["tokens"] / 1e6 for record in records], list(losses[name].values()),
+                  style, marker=".", label=MODELS[name])
+    axes.set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)")
+    axes.legend()
+    # compare at the last step that all have
+    step = max(set.intersection(*map(set, losses.values())), default=None)
+    if step:
+        title = ", ".join(f"{MODELS[name]} {losses[name][step]:.3f}" for name in losses)
+        if "engram" in losses and "moe" in losses:
+            title += f": {losses['engram'][step] - losses['moe'][step]:+.3f} nats per token"
+        axes.set_title(f"{title} (step {step:,})", fontsize=10)
+    path = Path(out_dir) / "loss.png"
+    write_whole(path, lambda file: figure.savefig(file, dpi=120, format="png"))

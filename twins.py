@@ -1,0 +1,122 @@
+""" Make the shapes of two models with the same parameters and the same compute: one with
+Engram, and its MoE-only twin.
+
+    shapes, numbers = make_twins(GPTConfig(), rho=0.75)    # {"engram": ..., "moe": ...}
+
+The idea: a comparison is fair if total and active parameters, P_tot and P_act, are equal.
+So Engram gives up routed experts for its table, and the twin gets the compute that
+reading the table takes. """
+import math
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from engram import table_parameters
+from model import GPT
+
+
+def count(cfg):
+    """Return the accounting of a model of this shape, without making it."""
+    with torch.device("meta"):
+        return GPT(cfg, np.arange(cfg.vocab_size)).accounting()
+
+
+def make_twins(cfg, rho):
+    """Return {"engram": GPTConfig, "moe": GPTConfig}, two models of the same P_tot and
+    P_act, and the numbers that lead there.
+
+    cfg: the common shape; its n_expert is the MoE-only twin's. rho is the share of the
+    sparse parameters P_sparse that stays with routed experts (paper, section 3). If
+    cfg.engram.rows are given they stay as they are: an experiment with the memory's size,
+    and no twins. Raise ValueError if there are no experts to drop or no row can be paid
+    for."""
+    if not cfg.n_expert:
+        raise ValueError("n_expert 0: twins need experts")
+    if not 0 <= rho < 1:
+        raise ValueError(f"rho {rho}: must be from 0 (all memory) to below 1 (no memory)")
+    given, per_expert = cfg.engram.rows, 3 * cfg.n_embd * cfg.expert_hidden
+
+    # 1. Engram drops routed experts. The top k stay, for they are active and not sparse.
+    n_expert = cfg.top_k + round(rho * (cfg.n_expert - cfg.top_k))
+    if n_expert == cfg.n_expert and not given:
+        raise ValueError(f"rho {rho} leaves no row: all {n_expert} experts stay (top_k "
+                         f"{cfg.top_k}); use a smaller rho or more experts")
+    engram = replace(cfg, n_expert=n_expert, engram=replace(cfg.engram, rows=1))
+    moe = replace(cfg, engram=None)
+
+    # 2. Reading is compute too: rows are projected to keys and values. The MoE-only twin
+    # gets a
+    #    wider shared expert for that, rounded up, so it never has less compute.
+    owed = count(engram)["P_act"] - count(moe)["P_act"]
+    widened = max(0, math.ceil(owed / (3 * cfg.n_embd * cfg.n_layer)))
+    moe.shared_hidden += widened
+
+    # 3. What is left to the twin's total becomes rows. The rows of a head are a prime at
+    # or above
+    #    the number asked for, so go down until they fit.
+    base = count(engram)
+    freed = count(moe)["P_tot"] - (base["P_tot"] - base["table_parameters"])
+    per_row = len(cfg.engram.blocks) * cfg.engram.rows_read * cfg.engram.width
+    rows = freed // per_row
+    while not given and rows > 1:
+        over = table_parameters(replace(cfg.engram, rows=rows)) - freed
+        if over <= 0:
+            break
+        rows -= math.ceil(over / per_row)
+    if not given and rows < 2:
+        raise ValueError(f"rho {rho} leaves no row: {freed:,} parameters freed, {per_row:,} "
+                         "for a row in each head")
+    engram.engram = replace(cfg.engram, rows=given or rows)
+
+    in_experts = cfg.n_layer * (n_expert - cfg.top_k) * per_expert
+    numbers = {"engram": count(engram), "moe": count(moe), "widened": widened,
+               "dropped": cfg.n_expert - n_expert, "per_expert": per_expert,
+               "rho": in_experts / count(engram)["P_sparse"]}
+    return {"engram": engram, "moe": moe}, numbers
+
+
+def dense_twin(moe):
+    """Return the shape of a dense model that is as wide as what one token uses of moe."""
+    active = moe.top_k * moe.expert_hidden if moe.n_expert else 0
+    return replace(moe, n_expert=0, shared_hidden=moe.shared_hidden + active)
+
+
+def shapes_of(model, shape, rho):
+    """Return {model: GPTConfig} for train.py's --model, and the lines that explain
+    them."""
+    has_place = shape.engram.blocks[-1] < shape.n_layer and shape.n_expert
+    if model in ("moe", "dense") and not has_place:
+        # a shape that has no place for a memory needs no twin
+        shapes, lines = {"moe": replace(shape, engram=None)}, []
+    else:
+        shapes, numbers = make_twins(shape, rho)
+        lines = explain(shape, shapes, numbers, rho)
+    return shapes | {"dense": dense_twin(shapes["moe"])}, lines
+
+
+def explain(shape, shapes, numbers, rho):
+    """Return lines that say what became of the experts, and that the totals are equal."""
+    memory, a, b = shapes["engram"].engram, numbers["engram"], numbers["moe"]
+    table = (f"{len(memory.blocks)} layer(s) x {len(memory.orders)} orders x {memory.heads} "
+             f"heads x ~{memory.rows[0]:,} rows x {memory.width}")
+    lines = [f"engram  {shapes['engram'].n_expert} of the {shape.n_expert} routed experts in "
+             "each block, and a memory of",
+             f"        {table} = {a['table_parameters']:,} numbers;",
+             f"        a token reads {a['bytes_read_per_token']:,} bytes of it",
+             f"moe     all {shape.n_expert} experts, and {numbers['widened']} hidden units more "
+             "in the shared expert,",
+             "        for the compute that reading the memory takes",
+             f"{'':8s}{'P_tot, all but the embedding':>30s}{'P_act, used per token':>24s}"
+             f"{'FLOPs per token':>18s}"]
+    for name, size in (("engram", a), ("moe", b)):
+        lines.append(f"{name:8s}{size['P_tot']:30,}{size['P_act']:24,}"
+                     f"{size['flops_per_token']:18,}")
+    off = a["P_tot"] / b["P_tot"] - 1
+    if abs(off) > 0.01:
+        why = "rows were given" if shape.engram.rows else "so small a table fits no better"
+        lines.append(f"These are not twins: P_tot differs by {off:.1%} ({why}).")
+    else:
+        lines.append(f"Of the sparse parameters, P_tot - P_act, {numbers['rho']:.1%} stay "
+                     f"with experts (rho {rho} was asked; experts are whole).")
+    return lines
