@@ -1110,7 +1110,7 @@ def test_nats_saved_are_a_difference_of_two_losses(trained, capsys):
     """A sign turned round, or a value beside the wrong token."""
     model, enc, _ = opened(trained)
     argv = ("--prompt", "w1 w3 w1", "--max_new_tokens", 8, "--temperature", 0.8)
-    again = look(capsys, trained, *argv, "--memory").out.partition("\n")[2]
+    printed = look(capsys, trained, *argv, "--memory").out
     ids = sample.prompt_tokens("w1 w3 w1", enc, 32)
     ids += [i for i, _ in sample.complete(model, enc, ids, max_new_tokens=8, temperature=0.8)]
     on, off = [], []
@@ -1120,7 +1120,10 @@ def test_nats_saved_are_a_difference_of_two_losses(trained, capsys):
             nats.append(float(F.cross_entropy(logits, torch.tensor(ids[i]))))
     saved = [b - a for a, b in zip(on, off, strict=True)]
     shown = [f"{enc.decode([i])}[{v:+.2f}]" for i, v in zip(ids[1:], saved, strict=True)]
-    assert again.startswith("".join(shown)) and len(set(shown)) > 3
+    # the text comes first; then it comes shaded, with its line ends made visible
+    again = printed.removeprefix(enc.decode(ids[1:]) + "\n")
+    assert re.sub("[\u21b5\n]", "", again).startswith(re.sub("\n", "", "".join(shown)))
+    assert len(set(shown)) > 3
     prompt, new = again.splitlines()[-3:-1]
     n = len(ids) - 1 - 8
     for line, part in ((prompt, slice(0, n)), (new, slice(n, None))):
