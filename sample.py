@@ -14,6 +14,7 @@ import codecs
 import os
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -214,6 +215,8 @@ def draw(spans, low, high, title, path, size=9):
         face = [part / 255 for part in tint((value - low) / (high - low))]
         axes.add_patch(Rectangle((column, row - 0.5), 1, 1, facecolor=face, linewidth=0))
         axes.text(column, row, c, **font)
+    # a character that the font lacks is drawn as a box
+    warnings.filterwarnings("ignore", "Glyph")
     write_whole(Path(path), partial(figure.savefig, dpi=150, format="png"))
 
 
