@@ -123,8 +123,9 @@ def mapped(shape, dtype, folder):
     """Return a tensor in a file in folder. The file has no name: it goes with the process."""
     size = shape.numel() * dtype.itemsize
     with TemporaryFile(dir=folder) as file:
-        # on a full disk fail here, and not by a signal when a page is written
-        os.posix_fallocate(file.fileno(), 0, size)
+        # on a full disk fail here, where the system can tell, and not when a page is written
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
         data = np.memmap(file, np.uint8, "r+", shape=size)
     return torch.from_numpy(data).view(dtype).view(shape)
 
@@ -262,6 +263,12 @@ def compare(bench, what, time_one, n, make, tokens, passes=1):
     backward, which costs twice a forward."""
     p = predict(bench, make(), n)
     host, resident = (bench.arms[arm][0].table for arm in (PREFETCHED, RESIDENT))
+    table = {"what": what, "n": n, "parameters": host.numel(),
+             "bytes_per_token": p["bytes"] / tokens, "simulated_gbps": bench.gbps,
+             "predicted": p}
+    # what is predicted is printed before anything is measured
+    table["lines"] = lines_of_prediction(table, len(host), host.nbytes)
+    print("", *table["lines"], sep="\n", flush=True)
     times = measure_rounds(bench, time_one, n, make)
     expected = {WITHOUT: 0.0, RESIDENT: p["memory_ms"] * passes, SYNCHRONOUS: p["transfer_ms"]}
     held = {WITHOUT: 0, RESIDENT: resident.nbytes}
@@ -275,32 +282,32 @@ def compare(bench, what, time_one, n, make, tokens, passes=1):
             "added_ms": interval_of_median(ms - base),
             "predicted_ms": expected.get(arm, p["exposed_ms"]),
             "bytes_on_device": held.get(arm, p["largest"]), "ms": ms.round(3).tolist()}
-    table = {"what": what, "n": n, "parameters": host.numel(),
-             "bytes_per_token": p["bytes"] / tokens, "simulated_gbps": bench.gbps,
-             "predicted": p, "arms": arms}
-    table["lines"] = lines_of(table, len(host), host.nbytes)
-    print("", *table["lines"], sep="\n", flush=True)
-    return table
+    lines = lines_of_arms(arms)
+    print(*lines, sep="\n", flush=True)
+    return {**table, "arms": arms, "lines": table["lines"] + lines}
 
 
-def lines_of(table, rows, size):
+def lines_of_prediction(table, rows, size):
     p = table["predicted"]
-    lines = [f"{table['what']}, n={table['n']}; table of {rows:,} rows = "
+    return [f"{table['what']}, n={table['n']}; table of {rows:,} rows = "
              f"{table['parameters']:,} parameters, {size / 1e6:,.0f} MB",
              f"  predicted: {table['bytes_per_token']:,.0f} B per token, {p['bytes'] / 1e6:.2f} "
              f"MB, {describe_link(table['simulated_gbps'])}: {p['transfer_ms']:.2f} ms; compute "
-             f"before the memory {p['before_ms']:.2f} ms",
-             f"  {'':18s}{'tokens/s':>9s}{'p10':>8s}{'p90':>8s}{'lost, % (95 %)':>23s}"
+             f"before the memory {p['before_ms']:.2f} ms"]
+
+
+def lines_of_arms(arms):
+    lines = [f"  {'':18s}{'tokens/s':>9s}{'p10':>8s}{'p90':>8s}{'lost, % (95 %)':>23s}"
              f"{'added ms':>9s}{'predicted':>10s}{'on device':>13s}"]
-    for arm, a in table["arms"].items():
+    for arm, a in arms.items():
         lines.append("  {:18s}{:9,.0f}{:8,.0f}{:8,.0f}{:6.1f} ({:5.1f} to {:5.1f}){:9.2f}{:10.2f}"
                      "{:10,.1f} MB".format(arm, *a["tokens_per_s"], *a["lost_percent"],
                                            a["added_ms"][0], a["predicted_ms"],
                                            a["bytes_on_device"] / 1e6))
     lines.append("  the memory itself costs {:.1f} %, the transfer that a prefetch leaves exposed "
                  "{:.1f} % ({:.1f} to {:.1f})".format(
-                     table["arms"][RESIDENT]["lost_percent"][0],
-                     *table["arms"][PREFETCHED]["lost_to_resident_percent"]))
+                     arms[RESIDENT]["lost_percent"][0],
+                     *arms[PREFETCHED]["lost_to_resident_percent"]))
     return lines
 
 
@@ -360,7 +367,7 @@ def draw(result, out):
                      [t["arms"][arm]["lost_percent"] for t in tables], "o-", arm)
     axes.set(xscale="log", xlabel="table parameters",
              ylabel="throughput lost against no Engram (%)")
-    axes.set_title("What a memory costs does not depend on the size of its table\n"
+    axes.set_title("What a memory costs in throughput, by the size of its table\n"
                    f"(prompts, {describe_link(tables[0]['simulated_gbps'])})", fontsize=10)
     save(figure, axes, "lost.png")
     figure, axes = new_axes()
@@ -479,7 +486,10 @@ def main(argv=None):
     if args.plot:
         if not path.exists():
             fail(f"there is no {path}: run without --plot")
-        return draw(json.loads(path.read_text()), out)
+        try:
+            return draw(json.loads(path.read_text()), out)
+        except (ValueError, KeyError) as error:
+            fail(f"{path} is damaged ({type(error).__name__}: {error})")
     if args.device == "cpu":
         keep_freed_memory()
         # a core for the worker

@@ -31,6 +31,10 @@ def fail(message):
 def run_script(main):
     """Run main(). Ctrl-C and a reader of our output that has gone end it without a
     traceback."""
+    # a script may be started without an output, and a terminal may not know every character
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")
+    sys.stdout.reconfigure(errors="replace")
     try:
         main()
         sys.stdout.flush()
@@ -50,6 +54,8 @@ def write_whole(path, write):
     """Call write(file), then rename the file to path: there is never half a file at path.
     The name in between holds the process's id, so two runs cannot mix their files."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    if not path.parent.is_dir():
+        fail(f"{path} could not be written: there is no folder {path.parent}")
     try:
         with open(part, "wb") as file:
             write(file)

@@ -74,8 +74,9 @@ def check_device(device):
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        why = str(error).strip().splitlines()[0]
-        fail(f"device {device!r} is not usable here ({why:.100}); try --device cpu")
+        # the first sentence of what torch says, which can be pages
+        why = str(error).strip().splitlines()[0].split(". ")[0]
+        fail(f"device {device!r} is not usable here ({why:.150}); try --device cpu")
 
 
 def check_numbers(cfg, block_size):

@@ -306,7 +306,7 @@ def generate(model, idx, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, g
     reads = model.read(idx, cache) if memory else []
     for _ in range(max_new_tokens):
         logits = model(idx, reads=reads, cache=cache)[0][:, -1].float()
-        if temperature == 0:
+        if temperature < 1e-6:
             idx = logits.argmax(-1, keepdim=True)
         else:
             # the most likely first

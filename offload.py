@@ -142,8 +142,13 @@ def check_rows(model, idx):
     x = model.canonical.cpu()[idx]
     reads = model.read(idx.to(device))
     for engram, read in zip(model.engrams(), reads, strict=True):
+        if read.ready is not None:
+            read.ready()
         values = read.leaf[read.inverse].cpu()
+        # a copy on the CPU, without the Fetch, whose thread cannot be copied
+        fetch, engram.fetch = engram.fetch, None
         on_cpu = copy.deepcopy(engram).cpu()
+        engram.fetch = fetch
         if not torch.equal(values, on_cpu.table[on_cpu.hash(x)]):
             fail(f"device {device} reads other rows of the table than the CPU does, so it "
                  "cannot be used: take --device cpu")
