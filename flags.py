@@ -34,7 +34,10 @@ def parse(argv, doc, owners, preset):
     # what "auto" means here
     device = given.get("device", "auto")
     if device == "auto":
-        device = str(torch.accelerator.current_accelerator() or "cpu")
+        # a CUDA build of torch names its accelerator even where there is none
+        device = "cpu"
+        if torch.accelerator.is_available():
+            device = str(torch.accelerator.current_accelerator())
     check_device(device)
     name = given.get("preset", "auto")
     if name == "auto":
