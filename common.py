@@ -82,6 +82,15 @@ def commit():
     return subprocess.getoutput(f"git -C {here} describe --always --dirty 2>&-")
 
 
+def default_device():
+    """Return the accelerator that can be used here, or "cpu"."""
+    import torch
+    # a CUDA build of torch names its accelerator even where there is none
+    if not torch.accelerator.is_available():
+        return "cpu"
+    return str(torch.accelerator.current_accelerator())
+
+
 def machine_name(device):
     """Return what a log says of the hardware. device: "cpu", "cuda", ..."""
     import torch

@@ -12,7 +12,7 @@ from dataclasses import fields
 import torch
 from torch.utils.benchmark import Timer
 
-from common import fail, make_parser
+from common import default_device, fail, make_parser
 
 GROUPS = ("run", "data", "optimiser", "memory", "model")
 
@@ -34,10 +34,7 @@ def parse(argv, doc, owners, preset):
     # what "auto" means here
     device = given.get("device", "auto")
     if device == "auto":
-        # a CUDA build of torch names its accelerator even where there is none
-        device = "cpu"
-        if torch.accelerator.is_available():
-            device = str(torch.accelerator.current_accelerator())
+        device = default_device()
     check_device(device)
     name = given.get("preset", "auto")
     if name == "auto":

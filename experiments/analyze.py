@@ -16,7 +16,7 @@ intervals over the pairs.
 Letters: B sequences of T validation tokens, S of these tokens, G different n-grams, K hash
 heads.
 """
-from common import fail, make_parser, new_figure, run_script, write_whole
+from common import default_device, fail, make_parser, new_figure, run_script, write_whole
 
 import json
 import math
@@ -54,7 +54,7 @@ def load_run(path):
     device."""
     saved, model = load_checkpoint(path)
     cfg = Config(**saved["header"]["config"])
-    cfg.device = str(torch.accelerator.current_accelerator() or "cpu")
+    cfg.device = default_device()
     model.to(cfg.device).eval()
     return saved, model, cfg
 

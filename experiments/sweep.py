@@ -14,7 +14,8 @@ An arm is one row of a table: a set of flags, trained with several seeds. One ar
 sweep is the reference. Every other arm is compared with it seed by seed, for runs of one
 seed see the same data in the same order.
 """
-from common import fail, machine_name, make_parser, new_figure, run_script, write_whole
+from common import (default_device, fail, machine_name, make_parser, new_figure, run_script,
+                    write_whole)
 
 import hashlib
 import json
@@ -159,7 +160,7 @@ def sweeps():
 def settle(sweep, dataset):
     """Prepare the data. Return what all runs of a sweep share; it goes into their
     hashes."""
-    device = str(torch.accelerator.current_accelerator() or "cpu")
+    device = default_device()
     folder = sweep.base.split("--data_dir ")[1].split()[0]
     try:
         if not (Path(folder) / dataset / "meta.json").exists():
