@@ -1,19 +1,19 @@
 """
-Prepare text: documents are encoded by a byte-level BPE into train.bin and val.bin (uint16 ids),
-with a meta.json that describes them.
+Prepare text: encode documents with a byte-level BPE into train.bin and val.bin (uint16
+ids), and describe them in meta.json.
 
-    python prepare_data.py                          # Python's own source: offline, in seconds
+    python prepare_data.py                          # Python's own source: no network
     python prepare_data.py tinystories --max_mb 200
     python prepare_data.py openwebtext --shards 1 --tokenizer gpt2
     python prepare_data.py a.txt b.txt --name mine
 
-The idea: a corpus is a generator of pieces (split, text, ends_document), where split 0 is train
-and 1 is validation. It runs twice, once to train the tokenizer on a sample and once to encode, so
-the whole text is never in memory.
+The idea: a corpus is a generator of pieces (split, text, ends_document), where split 0 is
+train and 1 is validation. It runs twice, once to train the tokenizer on a sample and once to
+encode, so the whole text is never in memory.
 
-Text files are UTF-8. As in Python's text mode a byte order mark is dropped and every line ends
-with one newline character. Documents are separated by a line <|endoftext|>; of a .jsonl file each
-line is a document, its "text" field.
+Text files are UTF-8. As in Python's text mode, a byte order mark is dropped and every line
+ends with one newline character. A line <|endoftext|> separates documents. In a .jsonl file
+each line is an object whose field "text" is one document.
 """
 from common import fail, make_parser, run_script
 
@@ -36,75 +36,88 @@ from pathlib import Path
 
 import numpy as np
 
-EOT = "<|endoftext|>"           # ends every document; its id is the last one of the vocabulary
+# ends every document; its id is the last one of the vocabulary
+EOT = "<|endoftext|>"
 MARKER = re.compile(re.escape(EOT) + "\n?")
-CHUNK = 1 << 18                 # characters; longer documents pass through in pieces of about this
-SAMPLE_CHARS = 12_000_000       # text that the tokenizer is trained on
-LONG_WORD = 100                 # characters; the tokenizer is trained on pieces of longer words
-TIMEOUT = 10                    # seconds of silence after which a server is given up
-DEFAULT_MB = {"python": 48, "tinystories": 200, "openwebtext": 0}      # --max_mb; 0: all
+# --max_mb of each data set; 0 means all
+DEFAULT_MB = {"python": 48, "tinystories": 200, "openwebtext": 0}
+# characters; longer documents pass through in pieces of about this length
+CHUNK = 1 << 16
+# characters that the tokenizer is trained on, and bytes of different words among them
+SAMPLE_CHARS = 12_000_000
+WORD_BYTES = 2_000_000
+# seconds of silence after which a server is given up
+TIMEOUT = 10
+# files: name, bytes, sha256
 TINYSTORIES = {
     "repo": "roneneldan/TinyStories", "rev": "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64",
-    "files": [("TinyStoriesV2-GPT4-train.txt", 2_227_753_162,          # name, bytes, sha256
+    "files": [("TinyStoriesV2-GPT4-train.txt", 2_227_753_162,
                "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443"),
               ("TinyStoriesV2-GPT4-valid.txt", 22_502_601,
                "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d")]}
+# size and sha256 are known of the first of the 80 files only
 OPENWEBTEXT = {
     "repo": "Skylion007/openwebtext", "rev": "79d93d786212f7344586290adb811d4ae6a1762c",
-    "file": "plain_text/train-{:05d}-of-00080.parquet",
-    # known of the first of the 80 files only
-    "size": 302_848_326,
+    "file": "plain_text/train-{:05d}-of-00080.parquet", "size": 302_848_326,
     "sha256": "caed9f4b7053d7cd4d1a13ce9ec9224d84a3bba1f11579193562a7e31ebe656e"}
-# the requirements and what they need: a fixed list, so nobody's own packages end up in the corpus
+# the requirements and what they need: a fixed list keeps other packages out of the corpus
 PACKAGES = """torch torchgen functorch sympy numpy matplotlib mpl_toolkits networkx fontTools
-    pygments PIL mpmath pytest _pytest fsspec filelock jinja2 markupsafe packaging pyparsing urllib3
-    idna requests charset_normalizer certifi regex tiktoken tqdm typing_extensions contourpy
-    kiwisolver cycler pluggy iniconfig dateutil""".split()
-# tests, copies of other packages, tables
-SKIP = set("""test tests testing idlelib _vendor vendor vendored extern external third_party _antlr
-    encodings pydoc_data site-packages dist-packages""".split())
-# how files begin that are not plain UTF-8 text
-MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "a zip archive", b"\x28\xb5\x2f\xfd": "zstandard",
-         b"BZh91AY": "bzip2", b"\xfd7zXZ": "xz", b"7z\xbc\xaf": "a 7z archive",
-         b"PAR1": "a parquet file", b"%PDF-": "a PDF", b"\x89PNG": "a PNG picture",
-         b"\xff\xd8\xff": "a JPEG picture", b"\x93NUMPY": "a numpy array",
-         b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"SQLite format": "a database"}
+    pygments PIL mpmath pytest _pytest fsspec filelock jinja2 markupsafe packaging pyparsing
+    urllib3 idna requests charset_normalizer certifi regex tiktoken tqdm typing_extensions
+    contourpy kiwisolver cycler pluggy iniconfig dateutil""".split()
+# folders that hold tests, copies of other packages, tables
+SKIP = set("""test tests testing idlelib _vendor vendor vendored extern external third_party
+    _antlr encodings pydoc_data site-packages dist-packages""".split())
+# how files begin that are not UTF-8 text
+MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "a zip archive", b"BZh": "bzip2",
+         b"\x28\xb5\x2f\xfd": "zstandard", b"\xfd7zXZ": "xz", b"7z\xbc\xaf": "7z",
+         b"PAR1": "parquet", b"%PDF-": "a PDF", b"\x89PNG": "a PNG picture",
+         b"\xff\xd8\xff": "a JPEG picture", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 
 class Offline(Exception):
     """A server does not answer. train.py may take the offline corpus instead."""
 
 
-# ---- tokenizer: our own trainer, tiktoken's encoder --------------------------------------
+# ---- tokenizer: our own trainer, tiktoken's encoder ------------------------------------
 
 # A merge never crosses these: contractions, words with the space before, up to 3 digits,
-# punctuation, white space. As in GPT-2's, a run of white space leaves its last space to the next
-# word, so "\n    return" is "\n   " + " return": indentation costs one token.
+# punctuation, white space. As in GPT-2's, a run of white space leaves its last space to
+# the next word, so "\n    return" is "\n   " + " return": indentation costs one token.
 PATTERN = (r"'(?:[sdmt]|ll|re|ve)(?!\p{L})| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+"
            r"|\s+(?!\S)|\s+")
 
 
 def count_words(texts):
-    """Return {word: how often}. A merge costs the length of each word that holds its pair, so
-    words without end (DNA, scripts without spaces) are counted in pieces."""
+    """Return {word: how often}, bounded so that training takes a minute at most. Ordinary
+    text stays below the bounds."""
     import regex
     find, counts = regex.compile(PATTERN).findall, Counter()
     for text in texts:
         counts.update(find(text))
-    for word in [word for word in counts if len(word) > LONG_WORD]:
+    # A merge costs the length of each word that holds its pair, so words without end (DNA,
+    # hex dumps, scripts without spaces) are counted in pieces of 20 characters.
+    for word in [word for word in counts if len(word) > 100]:
         n = counts.pop(word)
         for i in range(0, len(word), 20):
             counts[word[i:i + 20]] += n
+    # too many different words: leave out the rarest
+    size, kept = 0, Counter()
+    for word, n in counts.most_common():
+        size += len(word.encode())
+        if size > WORD_BYTES:
+            return kept
+        kept[word] = n
     return counts
 
 
 def train_bpe(texts, n_merges):
     """Return the tokens (bytes) in order of id: the 256 bytes, then one for each merge.
 
-    Each step merges the most frequent pair of neighbours (of equals, that with the smallest ids). A
-    word is a string with one character per token, so str.replace is the merge. Only words that hold
-    the pair are touched, and a heap finds the next pair: when a count falls, its entry in the heap
-    is left as it is and corrected when it comes up."""
+    Each step merges the most frequent pair of neighbours (of equals, that with the smallest
+    ids). A word is a string with one character per token, so str.replace is the merge. Only
+    words that hold the pair are touched, and a heap finds the next pair: when a count falls,
+    its entry in the heap is left as it is and corrected when it comes up."""
     counts = count_words(texts)
     words = ["".join(map(chr, word.encode())) for word in counts]
     freqs = list(counts.values())
@@ -123,10 +136,11 @@ def train_bpe(texts, n_merges):
         if -n != pairs[pair]:
             heapq.heappush(heap, (-pairs[pair], pair))
             continue
+        # the text is too small for more: a pair seen once is not worth a token
         if -n < 2:
-            break      # the text is too small for more: a pair seen once is not worth a token
-        joined = tokens[ord(pair[0])] + tokens[ord(pair[1])]
+            break
         # ab+c and a+bc are one token, as in tiktoken
+        joined = tokens[ord(pair[0])] + tokens[ord(pair[1])]
         new = ids.setdefault(joined, len(tokens))
         if new == len(tokens):
             tokens.append(joined)
@@ -136,11 +150,12 @@ def train_bpe(texts, n_merges):
 
 
 def merge(pair, new, words, freqs, pairs, where):
-    """Replace pair by the character new in all words; return the pairs that have grown."""
+    """Replace pair by the character new in all words. Return the pairs that have grown."""
     grown = set()
     for i in where.pop(pair):
+        # an earlier merge may have taken the pair from this word
         if pair not in words[i]:
-            continue      # merged away since
+            continue
         for a, b in zip(words[i], words[i][1:]):
             pairs[a + b] -= freqs[i]
         words[i] = words[i].replace(pair, new)
@@ -154,14 +169,16 @@ def merge(pair, new, words, freqs, pairs, where):
 
 @cache
 def gpt2_encoding():
+    """Return GPT-2's encoding, which tiktoken downloads at its first use."""
     import tiktoken
     try:
         return tiktoken.get_encoding("gpt2")
-    except Exception as error:      # whatever its downloader raises
-        why = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-        raise Offline(f"GPT-2's tokenizer could not be downloaded ({why[0]:.99}); set "
-                      "TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer bpe") \
-            from None
+    except Exception as error:
+        # one line of it: some of the downloader's errors are a page long
+        why = (str(error).strip() or repr(error)).splitlines()[0]
+        raise Offline(f"GPT-2's tokenizer could not be downloaded ({why:.99}); set "
+                      "TIKTOKEN_CACHE_DIR to a folder that holds it, or use "
+                      "--tokenizer bpe") from None
 
 
 def make_tokenizer(kind, texts=(), vocab_size=4096):
@@ -175,15 +192,15 @@ def make_tokenizer(kind, texts=(), vocab_size=4096):
 
 
 def hash_of(enc):
-    # all but the end of text
+    """Return a sha256 of the pattern and of all tokens but the end of text."""
     ranks = [enc.decode_single_token_bytes(i) for i in range(enc.n_vocab - 1)]
     ranks = [base64.b64encode(token).decode() for token in ranks]
     return hashlib.sha256(json.dumps([enc._pat_str, ranks]).encode()).hexdigest()
 
 
 def encoding(tok):
-    """Return the tiktoken.Encoding of meta["tokenizer"]: the very one that made the ids, or
-    ValueError."""
+    """Return the tiktoken.Encoding of meta["tokenizer"]. Raise ValueError if it is not the
+    one that made the ids."""
     import tiktoken
     if tok["kind"] == "gpt2":
         enc = gpt2_encoding()
@@ -203,7 +220,7 @@ def token_bytes(tok):
 
 
 def encode_text(enc, text):
-    """Return the ids of a text, in which the marker <|endoftext|> is the end-of-text id."""
+    """Return the ids of a text, in which each marker is the end-of-text id."""
     first, *others = MARKER.split(text)
     ids = enc.encode_ordinary(first)
     for part in others:
@@ -211,7 +228,7 @@ def encode_text(enc, text):
     return ids
 
 
-# ---- corpus python: the source of Python itself and of what is installed with this project
+# ---- corpus python: the source of Python and of what is installed with this project ----
 
 def key(text):
     """Return 32 bytes that order or split things at random, everywhere in the same way."""
@@ -219,23 +236,25 @@ def key(text):
 
 
 def is_source(raw):
-    """Whether bytes are UTF-8 and no generated table (Unicode, colour maps, lexers' lists of
-    names): those have more than a quarter digits, or hardly a keyword in a long file."""
+    """Tell source from other bytes and from generated tables (Unicode, colour maps, lists
+    of names). Those have over a quarter digits, or hardly a keyword in a long file."""
     try:
         raw.decode()
     except UnicodeDecodeError:
         return False
+    words = (b"def ", b"class ", b"return ", b"import ", b"self.")
+    keywords = sum(raw.count(word) for word in words)
     n = len(raw.translate(None, b" \n"))
-    keywords = sum(raw.count(k) for k in (b"def ", b"class ", b"return ", b"import ", b"self."))
     digits = n - len(raw.translate(None, b" \n0123456789"))
     return n > 0 and (n < 4000 or digits * 4 < n and keywords * 1500 > n)
 
 
 def python_files():
-    """Return [(hash, package, folder, path, size)] of all that is source, exact copies once."""
+    """Return [(hash, package, folder, path, size)] of all source, exact copies once."""
     roots, files, seen = {"stdlib": Path(sysconfig.get_paths()["stdlib"])}, [], set()
     for name in PACKAGES:
-        spec = importlib.util.find_spec(name)      # which does not import it
+        # find_spec does not import the package
+        spec = importlib.util.find_spec(name)
         if spec is None:
             print(f"{name} is not installed, so it is not in the corpus")
             continue
@@ -256,29 +275,32 @@ def python_files():
 
 
 def choose(files, max_mb):
-    """Return [(split, path)]. Validation is 6 % of each package: whole directories, by their hash,
-    as long as they fit. Neighbours in a directory repeat each other: of validation's 13-grams 2.9 %
-    stand in train like this, and 6.2 % if single files are drawn."""
-    total, folders, room, val, chosen = Counter(), Counter(), Counter(), set(), []
+    """Return [(split, path)]. Validation is 6 % of each package: whole directories, by their
+    hash, as long as they fit. Neighbours in a directory repeat each other: of validation's
+    13-grams 2.9 % stand in train like this, and 6.2 % if single files are drawn."""
+    total, folders = Counter(), Counter()
     for _, package, folder, _, size in files:
         total[package] += size
         folders[package, folder] += size
-    # validation: directories in the order of their hash
+    # directories of validation, in the order of their hash
     wanted = {package: 0.06 * size for package, size in total.items()}
+    val = set()
     for package, folder in sorted(folders, key=lambda pair: key(pair[1])):
         if folders[package, folder] <= 1.2 * wanted[package]:
             val.add(folder)
             wanted[package] -= folders[package, folder]
-    # share the cap: small packages are taken whole, and each larger one gives the same limit
+    # share the cap: small packages are taken whole, the larger ones give the same each
     left, n = max_mb * 1e6 or sum(total.values()), len(total)
     for size in sorted(total.values()):
         limit = left / n
         if size >= limit:
             break
         left, n = left - size, n - 1
+    room = Counter()
     for _, package, folder, _, size in files:
         room[package, folder in val] += min(1, limit / total[package]) * size
     # in the order of the files' hash, which mixes the packages everywhere
+    chosen = []
     for _, package, folder, path, size in sorted(files):
         if size <= room[package, folder in val]:
             room[package, folder in val] -= size
@@ -286,60 +308,82 @@ def choose(files, max_mb):
     return chosen
 
 
-# ---- corpora of text files and of downloads -----------------------------------------------
+# ---- corpora of text files and of downloads --------------------------------------------
 
 def check_text(path):
     """Refuse what is not a file of UTF-8 text, and say what it is."""
     if os.path.isdir(path):
         fail(f"{path} is a folder: name the text files in it")
+    if not os.path.exists(path):
+        fail(f"{path}: no such file; the data sets are {', '.join(DEFAULT_MB)}, one at a time")
     if not os.path.isfile(path):
-        fail(f"{path}: no such file, nor a data set ({', '.join(DEFAULT_MB)})")
+        fail(f"{path} is not a regular file: text is read twice, so save it first")
     with open(path, "rb") as f:
         head = f.read(1 << 16)
-    if not head.strip():
+    if not head:
         fail(f"{path} is empty: give more text")
     for magic, kind in MAGIC.items():
         if head.startswith(magic):
             fail(f"{path} is {kind}: unpack or convert it to plain UTF-8 text first")
     if b"\0" in head:
-        fail(f"{path} is not plain text (it holds NUL bytes): convert it to UTF-8 text first")
+        fail(f"{path} holds NUL bytes, so it is binary data or UTF-16: convert it to plain "
+             "UTF-8 text first")
 
 
-def text_blocks(path, chunk, errors):
-    """Yield a file's text in blocks, with documents of a .jsonl file ended by the marker."""
+def read_blocks(path, chunk, errors):
+    """Yield the text of a file in blocks; of a .jsonl file the documents in its lines, each
+    with a marker behind it."""
     with open(path, encoding="utf-8-sig", errors=errors) as f:
-        if Path(path).suffix != ".jsonl":
-            while block := f.read(chunk):
-                yield block
-            return
-        for number, line in enumerate(f, 1):
-            try:
-                yield json.loads(line)["text"] + EOT
-            except (ValueError, KeyError, TypeError):
-                fail(f'{path}, line {number}: not a JSON object with a "text" field')
+        try:
+            if Path(path).suffix != ".jsonl":
+                while block := f.read(chunk):
+                    yield block
+                return
+            for number, line in enumerate(f, 1):
+                text = json_text(line, f"{path}, line {number}") if line.strip() else ""
+                for start in range(0, len(text), chunk):
+                    yield text[start:start + chunk]
+        except UnicodeDecodeError as error:
+            # its object ends where the file has been read to
+            offset = f.buffer.tell() - len(error.object) + error.start
+            fail(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset "
+                 f"{offset:,}; convert it first")
+
+
+def json_text(line, place):
+    """Return the document in a line of JSON, with a marker behind it."""
+    try:
+        text = json.loads(line)["text"] + f"{EOT}\n"
+        # JSON can spell halves of characters, which UTF-8 cannot
+        text.encode()
+        return text
+    except (ValueError, KeyError, TypeError, RecursionError):
+        fail(f'{place}: not a JSON object with a "text" field')
 
 
 def read_text(path, chunk=CHUNK, whole=True):
-    """Yield (text, ends_document): a file cut at each marker, and a long document also at line
-    ends, or anywhere if it has none. What follows the last marker is a document if the file is
-    whole; otherwise it is left out."""
-    held = ""      # the start of a document; it waits for more, or for the end of the file
-    try:
-        for block in text_blocks(path, chunk, "strict" if whole else "ignore"):
-            held += block
-            if held.endswith(EOT):
-                continue      # the newline after the marker may be in the next block
-            *ended, held = MARKER.split(held)
-            for document in ended:
-                yield document, True
-            # of a long document yield what ends with a line, else anything, but keep enough for
-            # a marker that has begun
-            while len(held) >= chunk + len(EOT):
-                end = held.rfind("\n", 0, chunk) + 1 or chunk
-                yield held[:end], False
-                held = held[end:]
-    except UnicodeDecodeError:
-        fail(f"{path} is not UTF-8: {first_bad_byte(path)}; convert it first")
+    """Yield (text, ends_document): a file cut at each marker, and a long document behind a
+    line, else before a space, else anywhere. What follows the last marker is a document if
+    the file is whole; otherwise it is left out."""
+    # the start of a document, which waits for more or for the end of the file
+    held = ""
+    for block in read_blocks(path, chunk, "strict" if whole else "ignore"):
+        held += block
+        # the new line after the marker may be in the next block
+        if held.endswith(EOT):
+            continue
+        *ended, held = MARKER.split(held)
+        for document in ended:
+            yield document, True
+        # keep enough for a marker that has begun
+        while len(held) >= chunk + len(EOT):
+            end = held.rfind("\n", 0, chunk) + 1
+            if end == 0:
+                end = held.rfind(" ", 1, chunk)
+            if end < 0:
+                end = chunk
+            yield held[:end], False
+            held = held[end:]
     *ended, held = MARKER.split(held)
     for document in ended:
         yield document, True
@@ -347,44 +391,32 @@ def read_text(path, chunk=CHUNK, whole=True):
         yield held, True
 
 
-def first_bad_byte(path):
-    """Return what and where the first byte is that no UTF-8 text holds, in words."""
-    offset = 0
-    with open(path, "rb") as f:
-        for line in f:
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                return f"byte 0x{line[error.start]:02x} at offset {offset + error.start:,}"
-            offset += len(line)
-
-
 def text_corpus(files):
-    """The user's files. Validation is the last 5 % of all text, of a small text up to a quarter. It
-    begins behind a document, in a long one behind a line, or anywhere if there is none: there is
-    only one border at which train is its neighbour."""
-    total = sum(len(text.encode()) for file in files for text, _ in read_text(file))
-    n_val = max(0.05 * total, min(0.25 * total, 4096))
-    at, split = 0, 0
+    """Yield the pieces of a user's files. Validation is the last 5 % of all text, of a small
+    text up to a quarter. It begins behind a document that ends shortly before, else behind a
+    line, else anywhere. So there is only one border at which train is its neighbour."""
+    total = 0
     for file in files:
         for text, ends in read_text(file):
-            size = len(text.encode())
-            if split == 0 and at + size > total - n_val:
-                # the border is in this piece: behind it, if it is a short document, else within
-                cut = len(text)
-                if not ends or size > n_val / 2:
-                    cut = int(cut * (total - n_val - at) / size)
-                    line_end = text.find("\n", cut) + 1
-                    if 0 < line_end < (cut + len(text)) / 2:
-                        cut = line_end
-                yield 0, text[:cut], True
-                split, text = 1, text[cut:]
-            if text:
-                yield split, text, ends
-            at += size
+            total += len(text.encode()) + ends
+    n_val = max(0.05 * total, min(0.25 * total, 4096))
+    # pieces are small enough to place the border well
+    chunk = min(CHUNK, int(n_val / 8) + 1)
+    at, split, ended = 0, 0, True
+    for file in files:
+        for text, ends in read_text(file, chunk):
+            size = len(text.encode()) + ends
+            near = total - at < 1.25 * n_val
+            if split == 0 and (ended and near or at + size > total - n_val):
+                if not ended:
+                    yield 0, "", True
+                split = 1
+            yield split, text, ends
+            at, ended = at + size, ends
 
 
 def tinystories_corpus(downloads, max_mb):
+    """Yield the pieces of TinyStories, of its train file at most so many megabytes."""
     cap = max_mb * 1e6
     for split, (name, size, sha256) in enumerate(TINYSTORIES["files"]):
         path = downloads / name
@@ -397,6 +429,7 @@ def tinystories_corpus(downloads, max_mb):
 
 
 def openwebtext_corpus(downloads, shards):
+    """Yield the documents of OpenWebText's first files."""
     try:
         import pyarrow.parquet
     except ImportError:
@@ -404,7 +437,7 @@ def openwebtext_corpus(downloads, shards):
     for i in range(shards):
         name = OPENWEBTEXT["file"].format(i)
         path = downloads / Path(name).name
-        known = [None, None] if i else [OPENWEBTEXT["size"], OPENWEBTEXT["sha256"]]
+        known = [] if i else [OPENWEBTEXT["size"], OPENWEBTEXT["sha256"]]
         download(OPENWEBTEXT, name, path, *known)
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(256, columns=["text"]):
             for text in batch.column(0).to_pylist():
@@ -413,9 +446,9 @@ def openwebtext_corpus(downloads, shards):
 
 
 def download(dataset, name, path, size=None, sha256=None):
-    """Get the first size bytes of a file (None: all). They grow as path.part, resumed where an
-    earlier run stopped, and get their name once they are whole and checked. Raise Offline if the
-    server does not answer."""
+    """Get the first size bytes of a file (None: all). They grow as path.part, resumed where
+    an earlier run stopped, and get their name once they are whole and checked. Raise Offline
+    if the server does not answer."""
     if path.exists():
         return
     base = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
@@ -424,30 +457,35 @@ def download(dataset, name, path, size=None, sha256=None):
     part.parent.mkdir(parents=True, exist_ok=True)
     part.touch()
     while part.stat().st_size != size:
-        start = part.stat().st_size
+        start, why = part.stat().st_size, "connection dropped"
         try:
-            size, why = fetch(url, part, start, size), "connection dropped"
-        except (OSError, HTTPException, ValueError) as error:      # ValueError: no https:// in url
+            size = fetch(url, part, start, size)
+        except (OSError, HTTPException, ValueError) as error:
+            # 416: nothing lies behind what an earlier run fetched, so it is whole
             if getattr(error, "code", None) == 416 and size is None and start:
-                break      # nothing lies behind what an earlier run fetched: it is whole
+                break
+            # also ValueError, where HF_ENDPOINT is no address
             why = error
         # go on as long as each connection brings something
         if part.stat().st_size <= start:
-            raise Offline(f"{url} could not be fetched ({why}); check the network and {part}, then "
-                          "run again: it resumes. The data set python needs no network")
+            raise Offline(f"{url} could not be fetched ({why}); check the network and {part}, "
+                          "then run again: it resumes. The data set python needs no network")
     if sha256 and sha256_of(part) != sha256:
-        part.unlink()      # resumed, it would never become right
+        # resumed, it would never become right
+        part.unlink()
         fail(f"{url}: its sha256 is not {sha256}; deleted, so run again")
     part.replace(path)
 
 
 def fetch(url, part, start, size):
-    """Append to part what one connection brings from byte start on; return the whole size."""
+    """Write to part what one connection brings from byte start on. Return the whole size.
+    Each byte is written at its own place, so two runs at once write the same file."""
     from tqdm import tqdm
     span = f"bytes={start}-{size - 1 if size else ''}"
     request = urllib.request.Request(url, headers={"Range": span})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
-        have = start if reply.status == 206 else 0      # 200: it ignores ranges, start over
+        # 200 instead of 206: the server ignores ranges and begins anew
+        have = start if reply.status == 206 else 0
         # "bytes 0-99/1234", or "1234"
         total = reply.headers["Content-Range"] or reply.headers["Content-Length"] or "?"
         total = total.rpartition("/")[2]
@@ -455,24 +493,26 @@ def fetch(url, part, start, size):
             fail(f"{url}: its size is {total}, expected {size}: not the file we know")
         size = size or int(total)
         # disable=None: no bar where stderr is no terminal
-        with open(part, "ab" if have else "wb") as f, tqdm(
-                total=size, initial=have, unit="B", unit_scale=True, disable=None) as bar:
-            while chunk := reply.read1(min(CHUNK, size - have)):
-                have += f.write(chunk)
-                bar.update(len(chunk))
+        bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, disable=None)
+        with open(part, "r+b") as f, bar:
+            f.seek(have)
+            while block := reply.read1(min(CHUNK, size - have)):
+                have += f.write(block)
+                bar.update(len(block))
     return size
 
 
 def sha256_of(path):
+    """Return the sha256 of a file, as hexadecimal digits."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-# ---- writing and loading -------------------------------------------------------------------
+# ---- writing and loading ---------------------------------------------------------------
 
 def sample(pieces):
-    """Return at most SAMPLE_CHARS of train, spread over all of it: every stride-th piece. Whenever
-    it gets too much, every second one is dropped and the stride doubles."""
+    """Return at most SAMPLE_CHARS of train, spread over all of it: every stride-th piece.
+    Whenever it gets too much, every second one is dropped and the stride doubles."""
     kept, size, stride = [], 0, 1
     train = (text for split, text, _ in pieces if split == 0)
     for i, text in enumerate(train):
@@ -486,56 +526,64 @@ def sample(pieces):
 
 
 def write_bins(pieces, enc, paths):
-    """Encode into both files. Return what meta.json says of each, and the sha256 of the corpus."""
+    """Encode into both files. Return what meta.json says of each, and the corpus's sha256."""
     counts, corpus = [Counter(), Counter()], hashlib.sha256()
     with open(paths[0], "wb") as train, open(paths[1], "wb") as val:
         while batch := list(islice(pieces, 64)):
-            coded = enc.encode_ordinary_batch([text for _, text, _ in batch],
-                                              num_threads=os.cpu_count() or 1)
+            texts = [text for _, text, _ in batch]
+            coded = enc.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
             for (split, text, ends), ids in zip(batch, coded):
-                ids, raw = ids + [enc.n_vocab - 1] * ends, text.encode()
+                raw = text.encode()
+                if ends:
+                    ids.append(enc.eot_token)
                 (train, val)[split].write(np.array(ids, dtype="<u2").tobytes())
                 corpus.update(raw + EOT.encode() * ends)
                 counts[split].update(tokens=len(ids), documents=int(ends), bytes=len(raw))
-        account = [dict(c, size=f.tell()) for c, f in zip(counts, (train, val))]
-    for count, path, split in zip(account, paths, ("training", "validation")):
-        if not count.get("bytes"):
+    for count, path, split in zip(counts, paths, ("training", "validation")):
+        if not count["bytes"]:
             fail(f"no text is left for {split}: give more text")
+        count.update(size=os.path.getsize(path))
         count["sha256"] = sha256_of(path)
-    return account, corpus.hexdigest()
+    return counts, corpus.hexdigest()
+
+
+def gram_hashes(ids, n, step=1):
+    """Return a 64-bit hash of each n-gram of ids that begins at 0, step, 2 step ..."""
+    h = np.uint64(1)
+    for k in range(n):
+        h = (h + ids[k:len(ids) - n + 1 + k:step]) * np.uint64(0x9E3779B97F4A7C15)
+    return h
 
 
 def seen_share(train, val, n=13, most=200_000, chunk=1 << 20):
-    """Return the share of validation's n-grams of ids (of at most so many, evenly spaced) that
-    stand in train."""
-    def hashes(ids, step=1):      # of the n-grams that begin at 0, step, 2 step..., mod 2^64
-        h = np.uint64(1)
-        for k in range(n):
-            h = (h + ids[k:len(ids) - n + 1 + k:step]) * np.uint64(0x9E3779B97F4A7C15)
-        return h
+    """Return the share of validation's n-grams of ids (of at most so many, evenly spaced)
+    that stand in train."""
     if min(len(val), len(train)) < n:
         return 0.0
-    values, counts = np.unique(hashes(val, len(val) // most + 1), return_counts=True)
+    some = gram_hashes(val, n, len(val) // most + 1)
+    values, counts = np.unique(some, return_counts=True)
     # a table of the first 24 bits sorts out nearly all of train with one look-up each
     coarse, found = np.zeros(1 << 24, bool), np.zeros(len(values), bool)
     coarse[values >> np.uint64(40)] = True
     for at in range(0, len(train) - n + 1, chunk):
-        h = hashes(train[at:at + chunk + n - 1])
+        h = gram_hashes(train[at:at + chunk + n - 1], n)
         found |= np.isin(values, h[coarse[h >> np.uint64(40)]])
     return float(counts[found].sum() / counts.sum())
 
 
 def check(folder):
-    """Return meta of a prepared folder; raise ValueError that says what is wrong with it."""
+    """Return meta of a prepared folder. Raise ValueError that says what is wrong with it."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         for split in ("train", "val"):
             size, expected = os.path.getsize(folder / f"{split}.bin"), meta[split]["size"]
             if size != expected:
                 raise ValueError(f"{split}.bin has {size:,} bytes, meta.json says {expected:,}")
-        meta["vocab_size"], meta["eot"], meta["args"], meta["tokenizer"]["sha256"]
+        for field in ("args", "vocab_size", "eot", "tokenizer"):
+            if field not in meta:
+                raise ValueError(f"meta.json has no {field}")
         return meta
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} is not prepared, or is damaged ({error})") from None
 
 
@@ -547,43 +595,48 @@ def load(name, data_dir="data"):
     except ValueError as problem:
         what = name if name in DEFAULT_MB else f"FILES --name {name}"
         fail(f"{problem}; run: python prepare_data.py {what} --data_dir {data_dir}")
-    return meta, *(np.memmap(folder / f"{s}.bin", dtype="<u2", mode="r") for s in ("train", "val"))
+    train = np.memmap(folder / "train.bin", dtype="<u2", mode="r")
+    return meta, train, np.memmap(folder / "val.bin", dtype="<u2", mode="r")
 
 
 def name_of(files, data_dir):
-    """Return a name for a data set, made from its first file's."""
+    """Return a name for a data set, made from its first file's. Refuse a name under which
+    other files have been prepared."""
     name = re.sub(r"\W+", "_", Path(files[0]).stem).strip("_") or "text"
     if name in [*DEFAULT_MB, "downloads"]:
         name += "_text"
     try:
-        of = [stamp[0] for stamp in check(Path(data_dir) / name)["args"]["files"]]
+        old = [stamp[0] for stamp in check(Path(data_dir) / name)["args"]["files"]]
     except ValueError:
-        return name      # nothing has that name yet
-    if of != [os.path.abspath(file) for file in files]:
-        fail(f"{data_dir}/{name} was made from {', '.join(of)}, and would be replaced: give a "
-             "--name")
+        # nothing has that name yet
+        return name
+    if list(map(os.path.abspath, old)) != list(map(os.path.abspath, files)):
+        fail(f"{data_dir}/{name} was made from {', '.join(old)} and would be replaced: give "
+             "the new data set a --name")
     return name
 
 
-def prepare(name=None, files=(), data_dir="data", max_mb=None, vocab_size=4096, tokenizer="bpe",
-            shards=1):
-    """Return the folder with train.bin, val.bin and meta.json. Raise Offline where a server is
-    needed and does not answer; all else that a user can get wrong ends in fail()."""
-    known = ", ".join(DEFAULT_MB)
+def prepare(name=None, files=(), data_dir="data", max_mb=None, vocab_size=4096,
+            tokenizer="bpe", shards=1):
+    """Return the folder with train.bin, val.bin and meta.json. A data set of files may go
+    without a name. Raise Offline where a server is needed and does not answer; all else that
+    a user can get wrong ends in fail()."""
+    reserved = [*DEFAULT_MB, "downloads"]
     for file in files:
         check_text(file)
     if files and name is None:
         name = name_of(files, data_dir)
-    if files and (name in [*DEFAULT_MB, "downloads"] or not re.fullmatch(r"\w[\w.-]*", name)):
-        fail(f"--name {name}: must be one word, and none of {known}, downloads")
+    if files and (name in reserved or not re.fullmatch(r"\w[\w.-]*", name)):
+        fail(f"--name {name}: must be one word, and none of {', '.join(reserved)}")
     if not files and name not in DEFAULT_MB:
-        fail(f"there is no data set {name}: give one of {known}, or text files")
+        fail(f"there is no data set {name}: give one of {', '.join(DEFAULT_MB)}, or text files")
     if not 257 <= vocab_size <= 65535:
         fail(f"--vocab_size {vocab_size}: must be 257 (bytes, end of text) to 65535 (uint16)")
     if not 1 <= shards <= 80:
         fail(f"--shards {shards}: must be 1 to 80")
-    max_mb = DEFAULT_MB.get(name, 0) if max_mb is None else max_mb
-    if max_mb and name not in ("python", "tinystories") or not max_mb >= 0:
+    if max_mb is None:
+        max_mb = DEFAULT_MB.get(name, 0)
+    if not max_mb >= 0 or max_mb and name not in ("python", "tinystories"):
         fail(f"--max_mb {max_mb:g}: must be 0 (all) or more, and is for python and tinystories")
     stamps = [[os.path.abspath(f), os.path.getsize(f), os.path.getmtime(f)] for f in files]
     args = {"name": name, "files": stamps, "max_mb": max_mb, "vocab_size": vocab_size,
@@ -591,10 +644,11 @@ def prepare(name=None, files=(), data_dir="data", max_mb=None, vocab_size=4096, 
     folder = Path(data_dir) / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        print(f"{folder}: {build(folder, args, files)}")
+        done = build(folder, args, files)
     except OSError as error:
-        fail(f"{error.filename or data_dir}: {error.strerror or error}; what was prepared before "
-             "is untouched")
+        fail(f"{error.filename or data_dir}: {error.strerror or error}; what was prepared "
+             "before is untouched")
+    print(f"{folder}: {done}")
     return folder
 
 
@@ -611,22 +665,23 @@ def pieces_of(folder, args, files, chosen):
 
 
 def build(folder, args, files):
-    """Write all three files under other names and rename them when they are whole, meta.json last:
-    it says that the other two are complete. Return what was done, in words."""
+    """Write all three files under other names and rename them when they are whole, meta.json
+    last: it says that the other two are complete. Return what was done, in words."""
     try:
         if check(folder)["args"] == args:
             return "prepared with these arguments before; to do it again, delete it"
     except ValueError:
-        pass      # not there, or damaged
-    start, chosen = time.time(), []
+        # not there, or damaged
+        pass
+    start, chosen, texts = time.time(), [], ()
     if folder.name == "python":
         chosen = choose(python_files(), args["max_mb"])
-    texts = ()
     if args["tokenizer"] == "bpe":
         texts = sample(pieces_of(folder, args, files, chosen))
     tok = make_tokenizer(args["tokenizer"], texts, args["vocab_size"])
     enc, trained = encoding(tok), time.time()
     final = [folder / name for name in ("train.bin", "val.bin", "meta.json")]
+    # with the process's id in their names, so that two runs cannot mix their files
     parts = [Path(f"{path}.{os.getpid()}.part") for path in final]
     try:
         pieces = pieces_of(folder, args, files, chosen)
@@ -634,26 +689,29 @@ def build(folder, args, files):
         seen = seen_share(*(np.memmap(path, dtype="<u2", mode="r") for path in parts[:2]))
         hosted = {"tinystories": TINYSTORIES, "openwebtext": OPENWEBTEXT}.get(folder.name, {})
         meta = {"name": folder.name, "source": hosted.get("repo", "local files"), "args": args,
-                "revision": hosted.get("rev"), "corpus_sha256": corpus, "vocab_size": enc.n_vocab,
-                "eot": enc.n_vocab - 1, "val_13grams_in_train": seen, "train": train, "val": val,
-                "tokenizer": tok}
+                "revision": hosted.get("rev"), "corpus_sha256": corpus,
+                "vocab_size": enc.n_vocab, "eot": enc.eot_token,
+                "val_13grams_in_train": seen, "train": train, "val": val, "tokenizer": tok}
         parts[2].write_text(json.dumps(meta, indent=1))
+        # if what follows is interrupted, no meta.json describes files old and new
+        final[2].unlink(missing_ok=True)
         for part, path in zip(parts, final):
             part.replace(path)
     finally:
         for part in parts:
             part.unlink(missing_ok=True)
     n = train["tokens"] + val["tokens"]
-    return (f"{n:,} tokens, {val['tokens']:,} of them for validation, of whose 13-grams {seen:.1%} "
-            f"are in train; {(train['bytes'] + val['bytes']) / n:.2f} bytes per token; tokenizer "
-            f"{trained - start:.1f} s, all {time.time() - start:.1f} s")
+    return (f"{n:,} tokens, {val['tokens']:,} of them for validation, of whose 13-grams "
+            f"{seen:.1%} are in train; {(train['bytes'] + val['bytes']) / n:.2f} bytes per "
+            f"token; tokenizer {trained - start:.1f} s, all {time.time() - start:.1f} s")
 
 
-# ---- what train.py sees --------------------------------------------------------------------
+# ---- what train.py sees ----------------------------------------------------------------
 
 def find(name, device="cpu", data_dir="data"):
-    """Return the name of a data set, prepared if need be, and None, or a note if python was taken
-    instead. "auto" is tinystories on an accelerator, and python on a CPU or without network."""
+    """Return the name of a data set, prepared if need be, and None, or a note if python was
+    taken instead. "auto" is tinystories on an accelerator, and python on a CPU or without
+    network."""
     auto = name == "auto"
     if auto:
         name = "python" if device == "cpu" else "tinystories"
@@ -670,9 +728,9 @@ def find(name, device="cpu", data_dir="data"):
 
 
 class Data:
-    """Token sequences of a prepared data set, in an order that the seed sets: each pass takes every
-    sequence once, in an order of its own. A validation set that never changes, and what is known
-    about its tokens. Arrays [n, T], of int64 ids."""
+    """Token sequences of a prepared data set, in an order that the seed sets: each pass takes
+    every sequence once, in an order of its own. A validation set that never changes, and what
+    is known about its tokens. Arrays [n, T] hold int64 ids."""
 
     def __init__(self, name, data_dir, block_size, sequences_per_step, steps, seed, eval_tokens,
                  device="cpu"):
@@ -685,18 +743,20 @@ class Data:
                 fail(f"{self.name} has {len(ids):,} tokens of {split}, a sequence needs "
                      f"{block_size + 1:,}: give more text, or a smaller --block_size")
         # as many passes as the steps need, one permutation each
-        n, rng = (len(self.train) - 1) // block_size, np.random.default_rng(seed)
-        self.sequences_per_pass, self.passes = n, steps * sequences_per_step / n
-        orders = [rng.permutation(n) for _ in range(max(1, -(-steps * sequences_per_step // n)))]
+        n, wanted = (len(self.train) - 1) // block_size, steps * sequences_per_step
+        self.sequences_per_pass, self.passes = n, wanted / n
+        rng = np.random.default_rng(seed)
+        orders = [rng.permutation(n) for _ in range(max(1, -(-wanted // n)))]
         self.order = np.concatenate(orders)
         # the validation set, evenly spaced
         n_val = min(max(1, eval_tokens // block_size), (len(val) - 1) // block_size)
         starts = np.linspace(0, len(val) - 1 - block_size, n_val).astype(int)
         self.val_x, self.val_y = self.sequences(val, starts)
+        # how many bytes each token stands for; the end of text is not text
         self.token_bytes = token_bytes(self.meta["tokenizer"])
         self.bytes = np.array([len(b) for b in self.token_bytes])
-        self.bytes[self.meta["eot"]] = 0      # the separator is not text
-        self.seen, self.copyable = self.count(steps * sequences_per_step, 2)
+        self.bytes[self.meta["eot"]] = 0
+        self.seen, self.copyable = self.count(wanted, 2)
 
     def sequences(self, tokens, starts):
         """Return inputs and targets [n, T] that begin at starts."""
@@ -704,28 +764,29 @@ class Data:
         return rows[:, :-1].copy(), rows[:, 1:].copy()
 
     def batch(self, step):
-        """Return x, y [sequences_per_step, T]. It depends on seed and step alone, so a run that is
-        resumed has nothing to restore."""
+        """Return x, y [sequences_per_step, T]. They depend on seed and step alone, so a run
+        that is resumed has nothing to restore."""
         n = self.sequences_per_step
         return self.sequences(self.train, self.order[step * n:(step + 1) * n] * self.T)
 
     def grams(self, x, y, order):
-        """Return the n-gram that ends at each target from the first whole one on, as a number."""
+        """Return, as numbers, the n-grams that lie within each sequence and its target."""
         z = np.concatenate([x, y[:, -1:]], axis=1)
         base, width = len(self.bytes), self.T + 2 - order
         return sum(z[:, k:width + k] * base ** k for k in range(order))
 
     def count(self, n, order):
         """Return two arrays [n_val, T] about the n-gram of that order that ends with each
-        validation token. seen: how often it stands in the first n sequences of training, counted
-        over one pass at most (-1: the context begins within it). copyable: never there, but earlier
-        in the same context. Mostly in-context copying (induction) predicts these tokens: their loss
-        shows whether it has formed."""
+        validation token. seen: how often it stands in the first n sequences of training, of
+        one pass at most, since a second adds no new n-grams (-1: the context begins within
+        it). copyable: never there, but earlier in the same context. Mostly in-context copying
+        (induction) predicts these tokens: their loss shows whether it has formed."""
         ours = self.grams(self.val_x, self.val_y, order)
         unique, where = np.unique(ours, return_inverse=True)
         times = np.zeros(len(unique), np.int64)
         trained = self.order[:min(n, self.sequences_per_pass)]
-        for i in range(0, len(trained), 4096):      # in parts, to bound the memory
+        # in parts, to bound the memory
+        for i in range(0, len(trained), 4096):
             x, y = self.sequences(self.train, trained[i:i + 4096] * self.T)
             theirs, k = np.unique(self.grams(x, y, order), return_counts=True)
             _, mine, at = np.intersect1d(unique, theirs, True, return_indices=True)
@@ -739,7 +800,7 @@ class Data:
         return seen, copyable
 
     def score(self, losses):
-        """Return what is reported of the losses [n_val, T] of the validation tokens, in nats."""
+        """Return what is reported of the losses [n_val, T] of the validation tokens."""
         copied = losses[self.copyable]
         bits = losses.sum() / np.log(2)
         return {"val_loss": float(losses.mean()),
@@ -752,16 +813,20 @@ def main(argv=None):
     add = parser.add_argument
     add("what", nargs="*", default=["python"],
         help="python (default), tinystories, openwebtext, or text files")
-    add("--name", help="name of a data set made from text files (default: the first file's)")
+    add("--name", help="name of a data set of text files (default: the first file's)")
     add("--data_dir", default="data", help="gets a folder per data set (default: %(default)s)")
     defaults = ", ".join(f"{name} {mb}" for name, mb in DEFAULT_MB.items())
-    add("--max_mb", type=float, help=f"use at most so many MB of text, 0: all ({defaults})")
+    add("--max_mb", type=float,
+        help=f"use at most so many megabytes of text, 0: all (default: {defaults})")
     add("--vocab_size", type=int, default=4096, help="tokens of the BPE (default: %(default)s)")
     add("--tokenizer", default="bpe", choices=("bpe", "gpt2"),
         help="bpe, trained on this text, or gpt2 (default: %(default)s)")
-    add("--shards", type=int, default=1, help="how many of openwebtext's 80 files (default: 1)")
+    add("--shards", type=int, default=1,
+        help="how many of openwebtext's 80 files (default: %(default)s)")
     a = parser.parse_args(argv)
     files = [] if len(a.what) == 1 and a.what[0] in DEFAULT_MB else a.what
+    if a.name and not files:
+        fail(f"--name {a.name}: is for text files; the data set {a.what[0]} has its name")
     try:
         prepare(a.name if files else a.what[0], files, a.data_dir, a.max_mb, a.vocab_size,
                 a.tokenizer, a.shards)
