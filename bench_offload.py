@@ -410,7 +410,8 @@ def measure(args, out):
                               prompts, B * T))
         if len(tables) == 1:
             print(COLUMNS)
-    for batch in (1, 8, 64) if args.full else (1,):
+    batches = [1, 8, 64] if args.full else [1]
+    for batch in batches:
         def tokens(batch=batch):
             return bench.ids(batch, NEW).split(1, dim=1)
         others.append(compare(bench, f"decoding, batch {batch}", time_decoding, half, tokens,

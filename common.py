@@ -1,6 +1,8 @@
-""" What every script needs and no reader must know: how errors end, how files are
-written, what the machine is. It imports none of our other files. Import it before torch,
-see the first statement. """
+"""
+What every script needs and no reader must know: how errors end, how files are written,
+what the machine is. It imports none of our other files. Import it before torch, see the
+first statement.
+"""
 import argparse
 import ctypes
 import os
@@ -20,8 +22,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 
 def fail(message):
-    """Print one line on stderr and exit with code 2: every mistake of a user ends like
-    this."""
+    """Print one line on stderr and exit with code 2. Every mistake of a user ends so."""
     # on a terminal a progress bar may stand in the current line
     start = "\n" if sys.stderr.isatty() else ""
     print(f"{start}error: {message}", file=sys.stderr)
@@ -29,8 +30,7 @@ def fail(message):
 
 
 def run_script(main):
-    """Run main(). Ctrl-C and a reader of our output that has gone end it without a
-    traceback."""
+    """Run main(). Ctrl-C, or a reader of the output that has gone, end it quietly."""
     # a script may be started without an output, and a terminal may not know every character
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")
@@ -42,8 +42,8 @@ def run_script(main):
         print("\nstopped", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:
-        # as in `python sample.py | head`: nobody wants the rest, so the final flush must
-        # not fail
+        # as in `python sample.py | head`: nobody wants the rest, and the last flush of
+        # all must not fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except OSError as error:
@@ -63,8 +63,8 @@ def write_whole(path, write):
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
-        # torch.save hides a full disk, and even Ctrl-C, behind errors of its own: find
-        # the first
+        # torch.save hides a full disk, and even Ctrl-C, behind errors of its own, so find
+        # what happened first
         cause = error
         while cause.__context__ is not None:
             cause = cause.__context__
@@ -76,8 +76,7 @@ def write_whole(path, write):
 
 
 def commit():
-    """Return the git commit that is checked out here, "-dirty" if files have changed
-    since."""
+    """Return the git commit that is checked out here, "-dirty" if files have changed."""
     here = shlex.quote(str(Path(__file__).resolve().parent))
     return subprocess.getoutput(f"git -C {here} describe --always --dirty 2>&-")
 
@@ -102,8 +101,7 @@ def machine_name(device):
 
 
 def peak_bytes(device):
-    """Return the most memory held so far: by the process, on an accelerator by its
-    tensors."""
+    """Return the most memory held so far, by the process or by an accelerator's tensors."""
     import torch
     if device != "cpu":
         return torch.accelerator.max_memory_allocated(torch.device(device))
@@ -112,8 +110,7 @@ def peak_bytes(device):
 
 
 def free_memory():
-    """Return the bytes of host memory that are free or can be freed; 0 where nobody
-    says."""
+    """Return the bytes of host memory that can be had; 0 where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

@@ -62,7 +62,9 @@ class EngramConfig:
     def __post_init__(self):
         self.blocks, self.orders = tuple(self.blocks), tuple(self.orders)
         # one number of rows is meant for every order
-        self.rows = (self.rows,) if isinstance(self.rows, int) else tuple(self.rows)
+        if isinstance(self.rows, int):
+            self.rows = (self.rows,)
+        self.rows = tuple(self.rows)
         if len(self.rows) == 1:
             self.rows = self.rows * len(self.orders)
         for name, values, least in (("blocks", self.blocks, 0), ("orders", self.orders, 1)):

@@ -50,8 +50,7 @@ class Fetch:
         self.copy_stream = None
 
     def start(self, table, row_ids):
-        """Begin to read rows [U] of table [R, d]. Call it after the update that it must
-        see.
+        """Begin to read rows [U] of table [R, d], after the update that it must see.
 
         Return the row numbers beside the table; leaf [U, d] on the model's device, still
         empty; and ready(), which must be called before leaf is used and passes on what
@@ -67,8 +66,7 @@ class Fetch:
         if self.worker is not None:
             gathered = self.worker.submit(self.gather, *job).result
         else:
-            # cache: run it at the first call of ready(), and keep what it returned for
-            # later calls
+            # cache: run it at the first call of ready(), and not again at later ones
             gathered = cache(partial(self.gather, *job))
         return row_ids, leaf, partial(self.finish, gathered, leaf)
 
@@ -82,8 +80,7 @@ class Fetch:
         if self.worker is not None:
             arrived.synchronize()
         else:
-            # the GPU is behind the program: to be at the place of use is to wait for all
-            # of it
+            # the GPU is behind the program: wait until it has reached the place of use
             torch.cuda.current_stream(leaf.device).synchronize()
         staging = torch.empty(leaf.shape, dtype=leaf.dtype, pin_memory=True)
         take(table, row_ids, staging)

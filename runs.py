@@ -32,7 +32,9 @@ def read_log(path):
     except (ValueError, KeyError, TypeError) as error:
         fail(f"{path} is not a readable log ({type(error).__name__}: {error}); --resume of "
              "its run writes it again")
-    return (header, records) if records else None
+    if not records:
+        return None
+    return header, records
 
 
 def read_logs(out_dir):

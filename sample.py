@@ -160,7 +160,8 @@ def has_colours():
 
 def tint(level):
     """Return (red, green, blue) for a level from -1 to 1: orange, white at 0, blue."""
-    end = (80, 150, 255) if level > 0 else (255, 190, 110)
+    blue, orange = (80, 150, 255), (255, 190, 110)
+    end = blue if level > 0 else orange
     return tuple(round(255 + (part - 255) * min(1, abs(level))) for part in end)
 
 

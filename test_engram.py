@@ -606,11 +606,13 @@ def curve(out):
 
 def same_run(a, b):
     """Whether curves, weights, tables and moments are equal to the last bit."""
-    (x, _), (y, _) = (load_checkpoint(folder / "engram" / "ckpt.pt") for folder in (a, b))
-    moments = [[v for state in saved["tables"] for v in state.values()] for saved in (x, y)]
-    weights = [list(saved["model"].values()) for saved in (x, y)]
-    return curve(a) == curve(b) and all(map(torch.equal, *moments)) \
-        and all(map(torch.equal, *weights))
+    tensors = []
+    for folder in (a, b):
+        saved = load_checkpoint(folder / "engram" / "ckpt.pt")[0]
+        tensors.append(list(saved["model"].values()))
+        for state in saved["tables"]:
+            tensors[-1] += state.values()
+    return curve(a) == curve(b) and all(map(torch.equal, *tensors))
 
 
 def test_train_both(corpus, tmp_path, capsys):
@@ -1243,7 +1245,8 @@ def test_the_checkpoint_is_the_file_of_the_table(trained, tmp_path, capsys, monk
     assert len(texts) == 1 and path.read_bytes() == before
     saved = torch.load(path, weights_only=True)
     saved["model"].pop("embed.weight")
-    torch.save(saved, other := io.BytesIO())
+    other = io.BytesIO()
+    torch.save(saved, other)
     copy = tmp_path / "engram" / "ckpt.pt"
     copy.parent.mkdir()
     for content in (before[:-100], before[:len(before) // 2], other.getvalue(), b"PK" * 500, b""):
@@ -1290,8 +1293,11 @@ def prepared(tmp_path):
 def naive_bpe(texts, n_merges):
     """The definition: count all pairs anew before each merge."""
     import regex
-    words = Counter(w for t in texts for w in regex.findall(prepare_data.PATTERN, t))
-    words = [([bytes([b]) for b in w.encode()], n) for w, n in words.items()]
+    counts, words = Counter(), []
+    for text in texts:
+        counts.update(regex.findall(prepare_data.PATTERN, text))
+    for word, n in counts.items():
+        words.append(([bytes([b]) for b in word.encode()], n))
     tokens = [bytes([b]) for b in range(256)]
     while len(tokens) < 256 + n_merges:
         pairs = Counter()
@@ -1397,7 +1403,9 @@ def test_where_validation_begins(tmp_path):
                          ("word by word\n", "word"), ("a word ", " word"), ("\u20ac", "\u20ac")):
         (tmp_path / "t.txt").write_text(text * (200_000 // len(text)), encoding="utf-8")
         pieces = list(prepare_data.text_corpus([tmp_path / "t.txt"]))
-        splits = ["".join(t for s, t, _ in pieces if s == split) for split in (0, 1)]
+        splits = ["", ""]
+        for split, part, _ in pieces:
+            splits[split] += part
         sizes = [len(split.encode()) for split in splits]
         assert splits[1].startswith(begins) and 0.05 <= sizes[1] / sum(sizes) < 0.08
         whole = text.replace(prepare_data.EOT + "\n", "") * (200_000 // len(text))
@@ -1485,7 +1493,10 @@ def test_choice_of_files():
         assert total == sum(size.values()) if cap == 0 else 0.9 * cap < total / 1e6 <= cap
         big = sum(size[path] for _, path in chosen if path.startswith("big"))
         assert big / total == pytest.approx(share_big, abs=0.05)
-        train, val = ({p.rpartition("/")[0] for s, p in chosen if s == split} for split in (0, 1))
+        folders = [set(), set()]
+        for split, path in chosen:
+            folders[split].add(path.rpartition("/")[0])
+        train, val = folders
         assert not train & val and {folder[:3] for folder in val} == {"big", "sma"}
 
 
@@ -1736,10 +1747,11 @@ def test_copyable_tokens(corpus):
         seen, copyable = data.count(2, order)
         none = [-1] * (order - 2)
         slow = [grams(row, order) for row in whole(data.val_x, data.val_y)]
-        assert seen.tolist() == [none + [times[gram] for gram in row] for row in slow]
-        assert copyable.any() and copyable.tolist() == [
-            [False for _ in none] + [times[g] == 0 and g in row[:t] for t, g in enumerate(row)]
-            for row in slow]
+        assert copyable.any()
+        for row, in_row, can_copy in zip(slow, seen.tolist(), copyable.tolist(), strict=True):
+            assert in_row == none + [times[gram] for gram in row]
+            repeats = [times[gram] == 0 and gram in row[:t] for t, gram in enumerate(row)]
+            assert can_copy == [False] * len(none) + repeats
 
 
 def test_a_step_of_several_passes(corpus):

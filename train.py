@@ -330,8 +330,7 @@ def evaluation_line(name, record, steps, other):
 # ---- files -----------------------------------------------------------------------------
 
 def describe(name, model, cfg, data):
-    """Return the first line of a log: all that is needed to understand and repeat the
-    run."""
+    """Return the first line of a log: what one needs to understand and repeat the run."""
     # of the data: where it comes from, its sizes and hashes
     known = {k: v for k, v in data.meta.items() if k not in ("tokenizer", "args")}
     return {"command": shlex.join(["train.py", *sys.argv[1:]]), "model": name,
@@ -376,10 +375,9 @@ def read_flags(argv):
 
 
 def checkpoints(cfg):
-    """Return {model: path of its checkpoint}, if --resume fits what is there. Settle
-    --dtype."""
+    """Return {model: path of its checkpoint}, if --resume fits them. Settle --dtype."""
     # both twins, or one model; either none of them has been begun, or --resume is given
-    names = ("engram", "moe") if cfg.model == "both" else (cfg.model,)
+    names = ["engram", "moe"] if cfg.model == "both" else [cfg.model]
     paths = {name: Path(cfg.out_dir) / name / "ckpt.pt" for name in names}
     there = [path for path in paths.values() if path.exists()]
     if there and not cfg.resume:
@@ -401,7 +399,10 @@ def main(argv=None):
     cfg, shape = read_flags(argv)
     # try now what is needed later: one process, a compiler, pictures
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        fail("several processes are not supported: start python train.py, without torchrun")
+        # every process ends, one says why
+        if os.environ.get("RANK", "0") != "0":
+            raise SystemExit(2)
+        fail("several processes are not supported: start python train.py, not torchrun")
     compilers = (os.environ.get("CXX", "g++"), "clang++")
     if cfg.compile and not any(map(shutil.which, compilers)):
         fail("--compile needs a C++ compiler; there is no g++ or clang++ here: leave it out")

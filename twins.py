@@ -35,7 +35,7 @@ def make_twins(cfg, rho):
         raise ValueError("n_expert 0: twins need experts")
     if not 0 <= rho < 1:
         raise ValueError(f"rho {rho}: must be from 0 (all memory) to below 1 (no memory)")
-    given, per_expert = cfg.engram.rows, 3 * cfg.n_embd * cfg.expert_hidden
+    given = cfg.engram.rows
 
     # 1. Engram drops routed experts. The top k stay, for they are active and not sparse.
     n_expert = cfg.top_k + round(rho * (cfg.n_expert - cfg.top_k))
@@ -46,15 +46,13 @@ def make_twins(cfg, rho):
     moe = replace(cfg, engram=None)
 
     # 2. Reading is compute too: rows are projected to keys and values. The MoE-only twin
-    # gets a
-    #    wider shared expert for that, rounded up, so it never has less compute.
+    #    gets a wider shared expert for that, rounded up, so it never has less compute.
     owed = count(engram)["P_act"] - count(moe)["P_act"]
     widened = max(0, math.ceil(owed / (3 * cfg.n_embd * cfg.n_layer)))
     moe.shared_hidden += widened
 
     # 3. What is left to the twin's total becomes rows. The rows of a head are a prime at
-    # or above
-    #    the number asked for, so go down until they fit.
+    #    or above the number asked for, so go down until they fit.
     base = count(engram)
     freed = count(moe)["P_tot"] - (base["P_tot"] - base["table_parameters"])
     per_row = len(cfg.engram.blocks) * cfg.engram.rows_read * cfg.engram.width
@@ -69,10 +67,11 @@ def make_twins(cfg, rho):
                          "for a row in each head")
     engram.engram = replace(cfg.engram, rows=given or rows)
 
-    in_experts = cfg.n_layer * (n_expert - cfg.top_k) * per_expert
-    numbers = {"engram": count(engram), "moe": count(moe), "widened": widened,
-               "dropped": cfg.n_expert - n_expert, "per_expert": per_expert,
-               "rho": in_experts / count(engram)["P_sparse"]}
+    # the rho that is reached: experts that one token does not use, over all such parameters
+    size = count(engram)
+    in_experts = cfg.n_layer * (n_expert - cfg.top_k) * 3 * cfg.n_embd * cfg.expert_hidden
+    numbers = {"engram": size, "moe": count(moe), "widened": widened,
+               "rho": in_experts / size["P_sparse"]}
     return {"engram": engram, "moe": moe}, numbers
 
 
@@ -83,8 +82,7 @@ def dense_twin(moe):
 
 
 def shapes_of(model, shape, rho):
-    """Return {model: GPTConfig} for train.py's --model, and the lines that explain
-    them."""
+    """Return {model: GPTConfig} for train.py's --model, and lines that explain them."""
     has_place = shape.engram.blocks[-1] < shape.n_layer and shape.n_expert
     if model in ("moe", "dense") and not has_place:
         # a shape that has no place for a memory needs no twin

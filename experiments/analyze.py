@@ -587,9 +587,10 @@ def find(analysis, args):
     if analysis.find is zipf:
         return zipf(args.dataset, args.data_dir)
     pairs = load_pairs(args.out_dir, analysis.twin)
-    headers = [pair.saved["header"] for pair in pairs]
-    runs = [{key: header[key] for key in ("command", "commit", "torch", "device")}
-            for header in headers]
+    runs = []
+    for pair in pairs:
+        header = pair.saved["header"]
+        runs.append({key: header[key] for key in ("command", "commit", "torch", "device")})
     return {"seeds": [pair.cfg.seed for pair in pairs], "runs": runs, "pairs": len(pairs),
             **analysis.find(pairs)}
 

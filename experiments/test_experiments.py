@@ -300,8 +300,11 @@ def test_who_shares_rows():
     rng = np.random.default_rng(0)
     rows, counts = rng.integers(0, 40, (30, 3)), rng.integers(1, 9, 30)
     held = [Counter(column) for column in rows.T.tolist()]
-    several = [sum(n > 1 for n in head.values()) / len(head) for head in held]
-    company = np.array([[held[k][row[k]] > 1 for k in range(3)] for row in rows.tolist()])
+    several = [np.mean(np.array(list(head.values())) > 1) for head in held]
+    company = np.zeros((30, 3), bool)
+    for i, row in enumerate(rows.tolist()):
+        for k in range(3):
+            company[i, k] = held[k][row[k]] > 1
     reads = (company.sum(1) * counts).sum() / counts.sum() / 3
     assert analyze.shared(rows, counts) == pytest.approx({
         "rows": sum(several) / 3, "reads": reads, "all heads": company.all(1).mean(),
