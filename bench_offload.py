@@ -214,7 +214,7 @@ def predict(bench, batches, n):
             rope = bench.model.cos[:idx.size(1)], bench.model.sin[:idx.size(1)]
             x = bench.model.embed(idx)
             for block in blocks:
-                x = block(x, rope)[0]
+                x = block(x, rope)
 
     def transfer():
         for ids in row_ids:

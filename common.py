@@ -1,7 +1,6 @@
 """
 What every script needs and no reader must know: how errors end, how files are written,
-what the machine is. It imports none of our other files. Import it before torch, see the
-first statement.
+what the machine is. It imports none of our other files.
 """
 import argparse
 import ctypes
@@ -12,13 +11,6 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-
-# Threads of a parallel operation wait for each other in a busy loop. Beside one other
-# busy process that costs nine tenths of the speed. After this many rounds of the loop
-# they sleep instead, which costs nothing on an idle machine (measured: LOG.md). OpenMP
-# reads it once, when torch is imported.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def fail(message):
@@ -42,8 +34,7 @@ def run_script(main):
         print("\nstopped", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:
-        # as in `python sample.py | head`: nobody wants the rest, and the last flush of
-        # all must not fail
+        # as in `python sample.py | head`: the last flush must not fail either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     except OSError as error:
@@ -63,8 +54,7 @@ def write_whole(path, write):
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
-        # torch.save hides a full disk, and even Ctrl-C, behind errors of its own, so find
-        # what happened first
+        # torch.save hides a full disk, and even Ctrl-C, behind errors of its own
         cause = error
         while cause.__context__ is not None:
             cause = cause.__context__
@@ -120,9 +110,8 @@ def free_memory():
 
 
 def keep_freed_memory():
-    """Have glibc keep large freed blocks. By default it hands them back to the system,
-    and each step maps and clears its activations anew: a quarter of a step on a CPU
-    (LOG.md)."""
+    """Have glibc keep large freed blocks. By default each step maps and clears its
+    activations anew, which takes a quarter of a step on a CPU (LOG.md)."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         # M_MMAP_MAX: no block gets a mapping of its own

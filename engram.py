@@ -107,24 +107,21 @@ class Read(NamedTuple):
     ready: Callable | None
 
     def part(self, sequences):
-        """Return the read of some of the step's sequences. All micro-batches share one
-        leaf."""
+        """Return the read of some of the step's sequences. All share one leaf."""
         return self._replace(inverse=self.inverse[sequences])
 
 
 class Engram(nn.Module):
 
     def __init__(self, cfg, block, n_embd, n_canonical, pad, table_device=None):
-        """cfg: EngramConfig with rows. n_canonical: V'. pad: the canonical id that
-        positions before the first token read as. table_device "meta" makes no table, only
-        its shape."""
+        """cfg: EngramConfig with rows. n_canonical: V'. pad: the canonical id that stands
+        before the first token. table_device "meta" makes only the shape of a table."""
         super().__init__()
         if not cfg.rows:
             raise ValueError("engram rows are not set: give them, or use make_twins()")
         self.cfg = cfg
         self.pad = pad
-        # every head has its own slice of one flat table; an offset is where its slice
-        # begins
+        # every head has its own slice of one flat table, which begins at its offset
         primes = np.array(head_primes(cfg)[block])                        # [orders, K]
         ends = np.cumsum(primes).reshape(primes.shape)
         self.register_buffer("multipliers", torch.as_tensor(
@@ -153,8 +150,7 @@ class Engram(nn.Module):
     def reset(self):
         """Initialise so that the memory contributes little at first (about a tenth of h)
         but receives gradients from the first step. If table and value projection were
-        both zero, neither would ever get a gradient. The convolution starts at zero, as
-        in the paper."""
+        both zero, neither would ever get one. The convolution starts at zero (paper)."""
         self.table.normal_(std=0.02)
         for module in self.children():
             if isinstance(module, nn.Linear):
@@ -165,8 +161,7 @@ class Engram(nn.Module):
             self.conv.zero_()
 
     def forward(self, h, read, cache=None):
-        """Return what to add to the stream h [B, T, D], given this layer's Read (eq. 3 to
-        5)."""
+        """Return what to add to the stream h [B, T, D], given a Read (eq. 3 to 5)."""
         e = lookup(read)                                                  # [B, T, d_mem]
         v = self.gate(h, e) * self.value(e)                               # [B, T, D]
         if not self.cfg.conv_kernel:
@@ -174,8 +169,7 @@ class Engram(nn.Module):
         return v + F.silu(self.short_conv(self.norm_conv(v), cache))
 
     def gate(self, h, e):
-        """Return alpha [B, T, 1], between 0 and 1: does what was read fit the context?
-        (eq. 4)"""
+        """Return alpha [B, T, 1] from 0 to 1: does what was read fit here? (eq. 4)"""
         if self.cfg.gate == "off":
             return torch.ones_like(h[..., :1])
         # how much do the key of what was read and the hidden state point the same way?
@@ -261,8 +255,7 @@ def lookup(read):
     """Return e [B, T, d_mem], the M rows of each token side by side."""
     if read.ready is not None:
         read.ready()
-    # not leaf[inverse]: on a CPU its backward took 12 times as long, in another order
-    # each time
+    # not leaf[inverse]: on a CPU its backward is 12 times as slow, and not repeatable
     e = read.leaf.index_select(0, read.inverse.flatten())
     return e.view(*read.inverse.shape[:2], -1)
 
@@ -274,12 +267,10 @@ class RowAdam:
     Dense Adam would go through all R rows, and its momentum would move rows that were not
     read. Each row counts its own visits for the bias correction: with one clock for all
     rows, as in torch.optim.SparseAdam, a row that is first read late takes a first step
-    2.2 times too small (beta2 0.95), and most rows of a Zipfian text are first read
-    late."""
+    2.2 times too small (beta2 0.95), and of a Zipfian text most rows are."""
 
     def __init__(self, tables, betas=(0.9, 0.95), eps=1e-8):
-        """tables: list of [R, d] tensors, changed in place. The moments are made beside
-        them."""
+        """tables: list of [R, d] tensors, changed in place. Moments are made beside them."""
         self.tables, self.betas, self.eps = tables, betas, eps
         self.state = []
         for table in tables:
@@ -312,8 +303,7 @@ class RowAdam:
 # ---- canonical ids, multipliers, primes: fixed numbers, made once ----------------------
 
 def normalise(text):
-    """Return what two tokens must share to count as one (the paper's tokenizer
-    compression)."""
+    """Return what two tokens must share to get one id (tokenizer compression, paper)."""
     # split accents from their letters and drop them
     text = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", text))
     text = "".join(c for c in text if unicodedata.category(c) != "Mn").lower()

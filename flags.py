@@ -3,8 +3,8 @@ the fields'.
 
     python train.py --help
 
-The idea: every field that engram.opt() describes becomes a flag with its help text and
-default. """
+The idea: every field that engram.opt() describes becomes a flag, help text and all.
+"""
 import math
 from argparse import SUPPRESS, BooleanOptionalAction
 from dataclasses import fields
@@ -21,8 +21,7 @@ def parse(argv, doc, owners, preset):
     """Return {flag: value} of what stands in argv, and of the preset where argv says
     nothing.
 
-    owners: [(dataclass, prefix of its flags, group of its flags)]; preset: the values of
-    --preset gpu."""
+    owners: [(dataclass, prefix of its flags, their group)]; preset: what gpu sets."""
     parser = make_parser(doc, "train.py [options]")
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for owner, prefix, group_of_owner in owners:
@@ -84,8 +83,7 @@ def check_numbers(cfg, block_size):
     for name in ("steps", "tokens_per_step", "batch_size", "eval_every", "eval_tokens"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"{name} {getattr(cfg, name)}: must be 1 or more")
-    for name in ("lr", "table_lr", "grad_clip", "weight_decay", "balance_step",
-                 "balance_loss", "seed"):
+    for name in ("lr", "table_lr", "grad_clip", "weight_decay", "balance_step", "seed"):
         if not 0 <= getattr(cfg, name) < math.inf:
             raise ValueError(f"{name} {getattr(cfg, name)}: must be 0 or more")
     for name in ("warmup_share", "min_lr_share"):
@@ -98,8 +96,7 @@ def check_numbers(cfg, block_size):
 
 
 def faster_dtype(device):
-    """Return bfloat16 where a matmul in it is at least 1.2 times as fast. Some CPUs
-    emulate it."""
+    """Return bfloat16 where its matmul is 1.2 times as fast; some CPUs emulate it."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         matrix = torch.randn(1024, 1024, device=device, dtype=dtype)

@@ -2,7 +2,7 @@
 PyTorch.
 
     model = GPT(GPTConfig(...), canonical)              # canonical: engram.canonical_ids(...)
-    logits, loss, balance = model(idx, targets)         # train.py and sample.py do this
+    logits, loss = model(idx, targets)                  # train.py and sample.py do this
 
 The idea is the first statement of Block.forward. A block without an Engram skips it, and
 a plain pre-norm GPT with experts is left; with n_expert=0 too, a plain dense GPT.
@@ -67,8 +67,7 @@ class Attention(nn.Module):
         k = rotate(k.view(B, T, self.n_head, -1).transpose(1, 2), rope)
         v = v.view(B, T, self.n_head, -1).transpose(1, 2)
         if cache is not None:
-            # keys and values of the whole text so far; at these lengths copying them is
-            # cheap
+            # keys and values of the whole text so far
             if "k" in cache:
                 k = torch.cat([cache["k"], k], dim=2)
                 v = torch.cat([cache["v"], v], dim=2)
@@ -79,11 +78,9 @@ class Attention(nn.Module):
 
 
 def attend(q, k, v):
-    """Causal attention. The T queries are the last ones of the T' >= T keys. [B, H, T,
-    hd] each."""
+    """Causal attention, [B, H, T, hd] each. The queries are the last of the keys."""
     T, n_keys = q.size(2), k.size(2)
-    # in bf16 on a CPU this takes twice as long as two matmuls and a softmax (T 256,
-    # LOG.md)
+    # in bf16 on a CPU this takes twice as long as what follows (T 256, LOG.md)
     slow_here = q.device.type == "cpu" and q.dtype == torch.bfloat16
     if T == n_keys and not slow_here:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -117,8 +114,7 @@ class Block(nn.Module):
         if read is not None:
             x = x + self.engram(x, read, cache)                           # the memory
         x = x + self.attn(self.norm_attn(x), rope, cache)
-        y, balance = self.moe(self.norm_moe(x))
-        return x + y, balance
+        return x + self.moe(self.norm_moe(x))
 
 
 class Cache:
@@ -168,8 +164,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def reset(self):
         """Initialise as GPT-2 does, branch outputs scaled by the number of branches.
-        Raise ValueError for a parameter that neither this nor Engram.reset
-        initialises."""
+        Raise ValueError for a parameter that is left out."""
         for name, p in self.named_parameters():
             kind = name.split(".", 2)[-1]                         # blocks.3.attn.out.weight
             if ".engram." in name or "norm" in name:
@@ -192,8 +187,7 @@ class GPT(nn.Module):
 
         This needs token ids alone, so it can run before the forward pass, or beside
         another one. If a table is in host memory, its rows are now under way. When
-        decoding, give the cache, which holds the N-1 tokens before: without them the hash
-        is another one."""
+        decoding, give the cache: the hash needs the N-1 tokens before."""
         if not self.engrams():
             return []
         x = self.canonical[idx]
@@ -208,13 +202,11 @@ class GPT(nn.Module):
         return reads
 
     def forward(self, idx, targets=None, reads=None, cache=None):
-        """Return logits [B, T, V] for tokens idx [B, T]; the loss (mean cross-entropy in
-        nats per token, None without targets); and the balance loss (mean over blocks, not
-        part of the loss).
+        """Return logits [B, T, V] for tokens idx [B, T], and the loss (mean cross-entropy
+        in nats per token; None without targets).
 
         reads: from read(), by default called here; an empty list switches the memory off.
-        cache: the text before idx; it is extended. Raise ValueError if the context is too
-        short."""
+        cache: the text before idx; it is extended. Too long a text is a ValueError."""
         # where in the context idx stands
         start = cache.length if cache is not None else 0
         end = start + idx.size(1)
@@ -228,18 +220,17 @@ class GPT(nn.Module):
         # hand the reads to the blocks that have a memory, in order
         reads = list(reads)
         assert len(reads) in (0, len(self.engrams())), f"{len(reads)} reads"
-        x, balance = self.embed(idx), 0
+        x = self.embed(idx)
         for i, block in enumerate(self.blocks):
             read = reads.pop(0) if reads and block.engram is not None else None
             block_cache = cache.blocks[i] if cache is not None else None
-            x, block_balance = block(x, rope, read, block_cache)
-            balance = balance + block_balance / len(self.blocks)
+            x = block(x, rope, read, block_cache)
         # the head shares its weights with the embedding
         logits = F.linear(self.norm(x), self.embed.weight)
         loss = None
         if targets is not None:                               # autocast computes this in fp32
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        return logits, loss, balance
+        return logits, loss
 
     # ---- accounting
 
@@ -281,8 +272,7 @@ class GPT(nn.Module):
     @torch.no_grad()
     def hash_probe(self):
         """Return the row numbers of a fixed text, a list per memory layer. A checkpoint
-        holds them: if they differ now, the hash was changed, and it would read the wrong
-        rows."""
+        holds them: if they differ now, the hash was changed, and would read wrong rows."""
         # any text will do, if its n-grams differ
         idx = torch.arange(12, device=self.canonical.device) * 37 % self.cfg.vocab_size
         x = self.canonical[idx][None]
@@ -298,8 +288,7 @@ def generate(model, idx, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, g
 
     Each token is computed once: keys, values, the last n-gram and the last inputs of the
     convolution are kept in a Cache. When the context is full, go on from its last half.
-    temperature 0: always the most likely token. top_p: keep the most likely tokens whose
-    probabilities sum to this."""
+    temperature 0: always the most likely token. top_p: nucleus sampling."""
     # the prompt, at most a full context of it
     text = idx[:, -model.cfg.block_size:]
     cache, idx = Cache(model.cfg), text

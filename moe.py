@@ -45,15 +45,14 @@ class MoE(nn.Module):
             self.register_buffer("load", torch.zeros(n_expert))
 
     def forward(self, x):
-        """Return the layer's output for x [B, T, D], and the balance loss, a scalar."""
+        """Return the layer's output for x [B, T, D]."""
         if not self.n_expert:
-            return self.shared(x), x.new_zeros(())
+            return self.shared(x)
         tokens = x.reshape(-1, x.size(-1))                             # [S, D]
-        chosen, weight, counts, balance = self.route(tokens)
+        chosen, weight, counts = self.route(tokens)
         if self.training:
             self.load += counts
-        # bf16 under autocast; the weights are cast here because no autocast rule covers
-        # them
+        # bf16 under autocast, where no rule covers the weights
         dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -61,15 +60,13 @@ class MoE(nn.Module):
             routed = self.few_tokens(tokens.to(dtype), chosen, weight.to(dtype))
         else:
             routed = self.experts(tokens.to(dtype), chosen, weight.to(dtype), counts)
-        return self.shared(x) + routed.view_as(x), balance
+        return self.shared(x) + routed.view_as(x)
 
     def route(self, x):
         """Choose experts for tokens x [S, D].
 
         Return the chosen experts [S, k]; their weights [S, k], sigmoids in full precision
-        made to sum to 1; how often each expert was chosen [E]; and a balance loss as
-        DeepSeek-V3's, here over the micro-batch: E * sum of (share of choices * mean
-        affinity)."""
+        made to sum to 1; and how often each expert was chosen [E]."""
         with torch.autocast(x.device.type, enabled=False):
             affinity = torch.sigmoid(F.linear(x, self.router.weight))          # [S, E]
         # the bias has a say in which experts are chosen, not in their weights
@@ -81,9 +78,7 @@ class MoE(nn.Module):
         # not bincount: on a GPU that waits for the device
         flat = chosen.flatten()
         counts = flat.new_zeros(self.n_expert).scatter_add_(0, flat, torch.ones_like(flat))
-        share = affinity / affinity.sum(-1, keepdim=True).clamp_min(tiny)
-        balance = self.n_expert * (counts / len(flat) * share.mean(0)).sum()
-        return chosen, weight, counts, balance
+        return chosen, weight, counts
 
     def experts(self, x, chosen, weight, counts, grouped=None):
         """Return the weighted sum [S, D] over each token's experts. It computes this
@@ -98,12 +93,10 @@ class MoE(nn.Module):
 
         To do so with fewer and larger operations, sort the S * k pairs (token, expert) by
         expert, so that each expert multiplies one contiguous slice, and then take the
-        results back in token order. grouped: all slices in one kernel (None: where that
-        pays)."""
+        results back in token order. grouped: in one kernel (None: where that pays)."""
         on_gpu, bf16 = x.is_cuda, x.dtype == torch.bfloat16
         if grouped is None:
-            # separate slices need their lengths on the host; on a CPU they are faster all
-            # the same
+            # separate slices need their lengths on the host, which only a GPU minds
             strides_of_16_bytes = all(n % 8 == 0 for n in self.w_out.shape[1:])
             grouped = on_gpu and bf16 and strides_of_16_bytes
         # sort the pairs; pair p belongs to token p // k
@@ -145,8 +138,7 @@ class MoE(nn.Module):
         expert that got less than its share a little easier to choose, and the others a
         little harder.
 
-        Return how uneven the step was: load of the busiest expert over the mean, a
-        tensor."""
+        Return how uneven the step was, a tensor: load of the busiest over the mean."""
         # a step of fixed size, up for those below the mean, down for those above
         mean, most = self.load.mean(), self.load.max()
         self.bias += step * torch.sign(mean - self.load)
@@ -155,8 +147,7 @@ class MoE(nn.Module):
 
 
 def expert_matmul(x, w, size, grouped):
-    """Multiply slice e of x with w[e]. x [total, a] has slices of lengths size [E]; w [E,
-    a, b]."""
+    """Multiply slice e of x [total, a] with w[e] of w [E, a, b]. size [E]: lengths."""
     if grouped:
         return F.grouped_mm(x, w, offs=size.cumsum(0).int())
     slices = zip(x.split(size.tolist()), w.unbind(0), strict=True)

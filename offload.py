@@ -53,8 +53,7 @@ class Fetch:
         """Begin to read rows [U] of table [R, d], after the update that it must see.
 
         Return the row numbers beside the table; leaf [U, d] on the model's device, still
-        empty; and ready(), which must be called before leaf is used and passes on what
-        went wrong, if anything did."""
+        empty; and ready(), to be called before leaf is used. It raises what went wrong."""
         leaf = table.new_empty(len(row_ids), table.size(1), device=row_ids.device)
         arrived = None
         if leaf.is_cuda:
@@ -71,9 +70,8 @@ class Fetch:
         return row_ids, leaf, partial(self.finish, gathered, leaf)
 
     def gather(self, table, row_ids, leaf, arrived):
-        """Fill leaf. For a GPU, return the event behind the copy: leaf is filled when
-        that has passed. arrived: the event after which row_ids can be read and leaf's
-        memory is free."""
+        """Fill leaf. For a GPU, return the event behind the copy that fills it. arrived:
+        the event after which row_ids can be read and leaf's memory is free."""
         if not leaf.is_cuda:
             take(table, row_ids, leaf)
             return None
@@ -132,9 +130,8 @@ def place(model, device, where="resident", prefetch=True):
 
 
 def check_rows(model, idx):
-    """Refuse a device that reads other rows for tokens idx [B, T] than the CPU does. On
-    kinds of devices other than cpu and cuda, unique() and index_select() have had silent
-    errors."""
+    """Refuse a device that reads other rows for tokens idx [B, T] than the CPU does.
+    Outside cpu and cuda, unique() and index_select() have had silent errors."""
     device = model.canonical.device
     x = model.canonical.cpu()[idx]
     reads = model.read(idx.to(device))

@@ -4,8 +4,8 @@ Read the logs of runs and lay them side by side: the table, the finding, and the
     python train.py --resume     # of a finished run: print its table, draw loss.png
 
 The idea: everything that is said of a run is read from its log, out_dir/MODEL/log.jsonl,
-so it can be said again at any time. Two runs are compared only if they differ in nothing
-but the model. """
+so it can be said again. Two runs are compared only if nothing but the model differs.
+"""
 import json
 from pathlib import Path
 
@@ -19,8 +19,7 @@ HARMLESS = ("resume", "model", "preset", "out_dir", "data_dir", "dataset", "devi
 
 
 def read_log(path):
-    """Return the header and the records of a log; None where there is no log with a
-    record."""
+    """Return the header and the records of a log; None where there are no records."""
     if not path.exists():
         return None
     try:
@@ -64,12 +63,10 @@ def differences(a, b, ignore=()):
 
 
 def twin_differences(engram, moe):
-    """Return in what two runs (header, records) differ, other than Engram and its twin
-    must."""
+    """Return what two runs (header, records) differ in, though twins must not."""
     known = []
     for header, records in (engram, moe):
-        # how many experts, how wide the shared one, and the memory: the twins' own
-        # differences
+        # twins may differ in the number of experts, the shared one's width, the memory
         shape = {key: value for key, value in header["shape"].items()
                  if key not in ("engram", "n_expert", "shared_hidden")}
         known.append({**header["config"], **shape, "data": header["data"]["train"]["sha256"],
@@ -95,8 +92,7 @@ def crossing(records, target, key="val_loss"):
 
 
 def compare(out_dir):
-    """Return the lines of a table of the runs in out_dir, and what the memory was
-    worth."""
+    """Return lines: a table of the runs in out_dir, and what the memory was worth."""
     runs = read_logs(out_dir)
     columns = [("", "P_tot, all but the embedding", "P_act, used per token",
                 "training tokens", "validation, nats per token",

@@ -50,8 +50,7 @@ def complete(model, enc, ids, seed=0, *, max_new_tokens, **how):
 
 
 def prompt_tokens(prompt, enc, block_size):
-    """Return the tokens to continue: an end of text, which begins a document, then the
-    prompt."""
+    """Return the tokens to continue: an end of text begins a document, then the prompt."""
     if prompt.startswith("FILE:"):
         try:
             prompt = Path(prompt.removeprefix("FILE:")).read_text(encoding="utf-8-sig")

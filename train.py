@@ -77,13 +77,11 @@ class Config:
     weight_decay: float = optim_opt(0.1, "of matrices; tables, norms and biases have none")
     grad_clip: float = optim_opt(1.0, "bound on the gradient's norm, table rows included")
     balance_step: float = optim_opt(0.01, "step of the bias that balances the experts")
-    balance_loss: float = optim_opt(0.0, "weight of a balance loss; no reported loss has it")
     rho: float = opt(0.75, "share of the sparse parameters that stays with experts",
                      group="memory")
 
 
-# What the gpu preset changes. It is sized for a card of 24 GB, and has never been run on
-# one.
+# What the gpu preset changes. It is sized for a card of 24 GB, and was never run.
 GPU = dict(n_layer=8, n_head=8, n_embd=512, block_size=512, n_expert=32, expert_hidden=256,
            shared_hidden=512, engram_blocks=(1, 4), engram_heads=8, engram_width=32,
            steps=1500, tokens_per_step=32768, batch_size=32, lr=1e-3, balance_step=0.002,
@@ -138,9 +136,9 @@ def train(name, shape, cfg, data, bar, other):
         for part in parts:
             part_reads = [read.part(part) for read in reads]
             with autocast(cfg):
-                _, nats, balance = forward(x[part], y[part], part_reads)
-            ((nats + cfg.balance_loss * balance) / len(parts)).backward()
-            loss += nats.detach() / len(parts)
+                nats = forward(x[part], y[part], part_reads)[1] / len(parts)
+            nats.backward()
+            loss += nats.detach()
         # here, and in unique() within model.read, the program waits for a GPU
         loss = loss.item()
         check_finite(loss, step, path)
@@ -166,8 +164,7 @@ def train(name, shape, cfg, data, bar, other):
 
 def start(path, shape, cfg, data):
     """Return the model, both optimisers and {step, seconds, records, header, run, ...}:
-    new ones, or as the checkpoint at path holds them. A checkpoint of another run is
-    refused."""
+    new ones, or as the checkpoint at path holds them if it is of this run."""
     torch.manual_seed(cfg.seed)
     # what makes this run what it is; a checkpoint of another one is refused
     run = {name: value for name, value in asdict(cfg).items() if name not in HARMLESS}
@@ -257,8 +254,7 @@ def check_finite(loss, step, path):
 @contextmanager
 def watch(model):
     """Record what each memory layer does in the forward passes within. Yield, per layer,
-    a dict of two lists: "gate", alpha [B, T] of each pass, and "added", |what the memory
-    adds| / |h|."""
+    a dict of two lists: "gate", alpha [B, T] of each pass; "added", |output| / |h|."""
     def record_gate(gate, kept, *args):
         alpha = gate(*args)
         kept.append(alpha.detach().float().squeeze(-1))
@@ -286,8 +282,7 @@ def watch(model):
 def evaluate(model, tables, data, batch_size, autocast):
     """Return the losses on the validation set, always the same tokens, and signs that the
     memory is alive, a number per memory layer: mean, spread and percentiles of the gate,
-    |what it adds| / |h|, share of the table's rows that training has visited. It draws no
-    random numbers."""
+    |output| / |h|, share of the rows that training has visited. Draw no random numbers."""
     # one pass over the validation set gives the losses and what the hooks have seen
     with watch(model) as seen:
         losses = token_losses(model, data.val_x, data.val_y, batch_size, autocast)
@@ -317,8 +312,7 @@ def progress(state, cfg, lr, losses, loads, spent):
 
 
 def evaluation_line(name, record, steps, other):
-    """Return what is printed of an evaluation. other: {step: loss} of the model trained
-    before."""
+    """Return what is printed. other: {step: loss} of the model trained before."""
     line = (f"{name:6s} step {record['step']:,} of {steps:,}, "
             f"{record['tokens'] / 1e6:.2f}M tokens: train loss {record['train_loss']:.4f}, "
             f"validation {record['val_loss']:.4f}, {record['tokens_per_s']:,.0f} tokens/s")
@@ -360,8 +354,7 @@ def write_log(path, state):
 # ---- the command -----------------------------------------------------------------------
 
 def read_flags(argv):
-    """Return Config and GPTConfig. A flag that is given wins over the preset, and that
-    over the defaults."""
+    """Return Config and GPTConfig. A given flag beats the preset, and that the default."""
     owners = [(Config, "", "run"), (GPTConfig, "", "model"),
               (EngramConfig, "engram_", "memory")]
     values = parse(argv, __doc__, owners, GPU)

@@ -28,9 +28,8 @@ def make_twins(cfg, rho):
 
     cfg: the common shape; its n_expert is the MoE-only twin's. rho is the share of the
     sparse parameters P_sparse that stays with routed experts (paper, section 3). If
-    cfg.engram.rows are given they stay as they are: an experiment with the memory's size,
-    and no twins. Raise ValueError if there are no experts to drop or no row can be paid
-    for."""
+    cfg.engram.rows are given they stay: an experiment with the memory's size, no twins.
+    Raise ValueError if there are no experts to drop or no row can be paid for."""
     if not cfg.n_expert:
         raise ValueError("n_expert 0: twins need experts")
     if not 0 <= rho < 1:

@@ -473,7 +473,7 @@ def lens(pair, model):
         return F.linear(model.norm(h), model.embed.weight).float().log_softmax(-1)
 
     def keep(kept, module, args, out):
-        kept.append(out[0])
+        kept.append(out)
 
     kept, sums = [], np.zeros(len(model.blocks))
     hooks = [block.register_forward_hook(partial(keep, kept)) for block in model.blocks]

@@ -338,7 +338,7 @@ def test_lens_is_the_divergence_by_hand(pair_dir):
         reads = iter(model.read(x))
         for block in model.blocks:
             read = next(reads) if block.engram else None
-            h = block(h, (model.cos[:32], model.sin[:32]), read)[0]
+            h = block(h, (model.cos[:32], model.sin[:32]), read)
             layer = (model.norm(h) @ model.embed.weight.T).log_softmax(-1)
             slow.append(float((final.exp() * (final - layer)).sum(-1).mean()))
     assert analyze.lens(pair, model) == pytest.approx(slow, abs=1e-5) and slow[0] > 1e-3
