@@ -8,12 +8,11 @@ ids), and describe them in meta.json.
     python prepare_data.py a.txt b.txt --name mine
 
 The idea: a corpus is a generator of pieces (split, text, ends_document), where split 0 is
-train and 1 is validation. It runs twice, once to train the tokenizer on a sample and once to
-encode, so the whole text is never in memory.
+train and 1 is validation. It runs twice, once to train the tokenizer on a sample and once
+to encode, so the whole text is never in memory.
 
-Text files are UTF-8. As in Python's text mode, a byte order mark is dropped and every line
-ends with one newline character. A line <|endoftext|> separates documents. In a .jsonl file
-each line is an object whose field "text" is one document.
+Text files are UTF-8. A line <|endoftext|> separates documents. In a .jsonl file each line
+is an object whose field "text" is one document.
 """
 from common import fail, make_parser, run_script
 
@@ -26,27 +25,29 @@ import os
 import re
 import sys
 import sysconfig
-import time
 import urllib.request
 from collections import Counter, defaultdict
 from functools import cache
 from http.client import HTTPException
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
-# ends every document; its id is the last one of the vocabulary
+# ends every document; its id is the last of the vocabulary
 EOT = "<|endoftext|>"
 MARKER = re.compile(re.escape(EOT) + "\n?")
 # --max_mb of each data set; 0 means all
 DEFAULT_MB = {"python": 48, "tinystories": 200, "openwebtext": 0}
-# characters; longer documents pass through in pieces of about this length
+# names that text files cannot take
+RESERVED = [*DEFAULT_MB, "downloads"]
+# longer documents pass through in pieces of about this many characters
 CHUNK = 1 << 16
-# characters that the tokenizer is trained on, and bytes of different words among them
+# the tokenizer sees at most so many characters, and so many bytes of different words
 SAMPLE_CHARS = 12_000_000
 WORD_BYTES = 2_000_000
-# seconds of silence after which a server is given up
+# seconds after which a silent server is given up
 TIMEOUT = 10
 # files: name, bytes, sha256
 TINYSTORIES = {
@@ -55,24 +56,21 @@ TINYSTORIES = {
                "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443"),
               ("TinyStoriesV2-GPT4-valid.txt", 22_502_601,
                "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d")]}
-# size and sha256 are known of the first of the 80 files only
+# size and sha256 of the first file only
 OPENWEBTEXT = {
     "repo": "Skylion007/openwebtext", "rev": "79d93d786212f7344586290adb811d4ae6a1762c",
     "file": "plain_text/train-{:05d}-of-00080.parquet", "size": 302_848_326,
     "sha256": "caed9f4b7053d7cd4d1a13ce9ec9224d84a3bba1f11579193562a7e31ebe656e"}
 # the requirements and what they need: a fixed list keeps other packages out of the corpus
-PACKAGES = """torch torchgen functorch sympy numpy matplotlib mpl_toolkits networkx fontTools
-    pygments PIL mpmath pytest _pytest fsspec filelock jinja2 markupsafe packaging pyparsing
-    urllib3 idna requests charset_normalizer certifi regex tiktoken tqdm typing_extensions
-    contourpy kiwisolver cycler pluggy iniconfig dateutil""".split()
+PACKAGES = """torch torchgen functorch sympy numpy matplotlib mpl_toolkits networkx
+    fontTools pygments PIL mpmath pytest _pytest fsspec filelock jinja2 markupsafe packaging
+    pyparsing urllib3 idna requests charset_normalizer certifi regex tiktoken tqdm
+    typing_extensions contourpy kiwisolver cycler pluggy iniconfig dateutil""".split()
 # folders that hold tests, copies of other packages, tables
-SKIP = set("""test tests testing idlelib _vendor vendor vendored extern external third_party
-    _antlr encodings pydoc_data site-packages dist-packages""".split())
-# how files begin that are not UTF-8 text
-MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "a zip archive", b"BZh": "bzip2",
-         b"\x28\xb5\x2f\xfd": "zstandard", b"\xfd7zXZ": "xz", b"7z\xbc\xaf": "7z",
-         b"PAR1": "parquet", b"%PDF-": "a PDF", b"\x89PNG": "a PNG picture",
-         b"\xff\xd8\xff": "a JPEG picture", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+SKIP = set("""test tests testing idlelib _vendor vendor vendored extern external
+    third_party _antlr encodings pydoc_data site-packages dist-packages""".split())
+# how common files begin that are not text
+MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "a zip archive", b"%PDF-": "a PDF"}
 
 
 class Offline(Exception):
@@ -89,39 +87,37 @@ PATTERN = (r"'(?:[sdmt]|ll|re|ve)(?!\p{L})| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N
 
 
 def count_words(texts):
-    """Return {word: how often}, bounded so that training takes a minute at most. Ordinary
-    text stays below the bounds."""
+    """Return {word: how often}, within bounds that ordinary text stays far below."""
     import regex
-    find, counts = regex.compile(PATTERN).findall, Counter()
+    counts = Counter()
     for text in texts:
-        counts.update(find(text))
-    # A merge costs the length of each word that holds its pair, so words without end (DNA,
-    # hex dumps, scripts without spaces) are counted in pieces of 20 characters.
+        counts.update(regex.findall(PATTERN, text))
+    # words without end (DNA, scripts without spaces) would make each merge slow
     for word in [word for word in counts if len(word) > 100]:
         n = counts.pop(word)
         for i in range(0, len(word), 20):
             counts[word[i:i + 20]] += n
-    # too many different words: leave out the rarest
+    # of too many different words leave out the rarest
     size, kept = 0, Counter()
     for word, n in counts.most_common():
         size += len(word.encode())
         if size > WORD_BYTES:
-            return kept
+            break
         kept[word] = n
-    return counts
+    return kept
 
 
 def train_bpe(texts, n_merges):
     """Return the tokens (bytes) in order of id: the 256 bytes, then one for each merge.
 
     Each step merges the most frequent pair of neighbours (of equals, that with the smallest
-    ids). A word is a string with one character per token, so str.replace is the merge. Only
-    words that hold the pair are touched, and a heap finds the next pair: when a count falls,
-    its entry in the heap is left as it is and corrected when it comes up."""
+    ids). A word is a string with one character per token, so str.replace is the merge. A
+    heap finds the next pair; a count that has fallen is corrected when it comes up."""
     counts = count_words(texts)
-    words = ["".join(map(chr, word.encode())) for word in counts]
+    # latin-1 makes one character of each byte
+    words = [word.encode().decode("latin-1") for word in counts]
     freqs = list(counts.values())
-    # of each pair: how often it occurs, and in which words
+    # how often each pair occurs, and in which words
     pairs, where = Counter(), defaultdict(set)
     for i, word in enumerate(words):
         for a, b in zip(word, word[1:]):
@@ -136,7 +132,7 @@ def train_bpe(texts, n_merges):
         if -n != pairs[pair]:
             heapq.heappush(heap, (-pairs[pair], pair))
             continue
-        # the text is too small for more: a pair seen once is not worth a token
+        # a pair seen once is not worth a token: the text is too small for more
         if -n < 2:
             break
         # ab+c and a+bc are one token, as in tiktoken
@@ -167,20 +163,6 @@ def merge(pair, new, words, freqs, pairs, where):
     return grown
 
 
-@cache
-def gpt2_encoding():
-    """Return GPT-2's encoding, which tiktoken downloads at its first use."""
-    import tiktoken
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except Exception as error:
-        # one line of it: some of the downloader's errors are a page long
-        why = (str(error).strip() or repr(error)).splitlines()[0]
-        raise Offline(f"GPT-2's tokenizer could not be downloaded ({why:.99}); set "
-                      "TIKTOKEN_CACHE_DIR to a folder that holds it, or use "
-                      "--tokenizer bpe") from None
-
-
 def make_tokenizer(kind, texts=(), vocab_size=4096):
     """Return a dict that JSON can hold, all that a checkpoint needs to carry."""
     tok = {"kind": kind}
@@ -188,22 +170,26 @@ def make_tokenizer(kind, texts=(), vocab_size=4096):
         tokens = train_bpe(texts, vocab_size - 257)
         tok["pattern"] = PATTERN
         tok["tokens"] = [base64.b64encode(token).decode() for token in tokens]
-    return {**tok, "sha256": hash_of(encoding(tok))}
+    tok["sha256"] = hash_of(encoding(tok))
+    return tok
 
 
 def hash_of(enc):
     """Return a sha256 of the pattern and of all tokens but the end of text."""
-    ranks = [enc.decode_single_token_bytes(i) for i in range(enc.n_vocab - 1)]
-    ranks = [base64.b64encode(token).decode() for token in ranks]
+    tokens = [enc.decode_single_token_bytes(i) for i in range(enc.n_vocab - 1)]
+    ranks = [base64.b64encode(token).decode() for token in tokens]
     return hashlib.sha256(json.dumps([enc._pat_str, ranks]).encode()).hexdigest()
 
 
 def encoding(tok):
-    """Return the tiktoken.Encoding of meta["tokenizer"]. Raise ValueError if it is not the
-    one that made the ids."""
+    """Return the tiktoken.Encoding of meta["tokenizer"], checked by its sha256."""
     import tiktoken
     if tok["kind"] == "gpt2":
-        enc = gpt2_encoding()
+        try:
+            enc = tiktoken.get_encoding("gpt2")
+        except Exception as error:
+            raise Offline(f"GPT-2's tokenizer is not here ({type(error).__name__}); set "
+                          "TIKTOKEN_CACHE_DIR, or use --tokenizer bpe") from None
     else:
         ranks = {base64.b64decode(token): i for i, token in enumerate(tok["tokens"])}
         enc = tiktoken.Encoding("bpe", pat_str=tok["pattern"], mergeable_ranks=ranks,
@@ -236,12 +222,7 @@ def key(text):
 
 
 def is_source(raw):
-    """Tell source from other bytes and from generated tables (Unicode, colour maps, lists
-    of names). Those have over a quarter digits, or hardly a keyword in a long file."""
-    try:
-        raw.decode()
-    except UnicodeDecodeError:
-        return False
+    """Tell source from generated tables, which are digits or have hardly a keyword."""
     words = (b"def ", b"class ", b"return ", b"import ", b"self.")
     keywords = sum(raw.count(word) for word in words)
     n = len(raw.translate(None, b" \n"))
@@ -249,22 +230,21 @@ def is_source(raw):
     return n > 0 and (n < 4000 or digits * 4 < n and keywords * 1500 > n)
 
 
+@cache
 def python_files():
     """Return [(hash, package, folder, path, size)] of all source, exact copies once."""
-    roots, files, seen = {"stdlib": Path(sysconfig.get_paths()["stdlib"])}, [], set()
+    roots = {"stdlib": Path(sysconfig.get_paths()["stdlib"])}
     for name in PACKAGES:
         # find_spec does not import the package
         spec = importlib.util.find_spec(name)
-        if spec is None:
-            print(f"{name} is not installed, so it is not in the corpus")
-            continue
-        roots[name] = Path([*(spec.submodule_search_locations or []), spec.origin][0])
+        if spec is not None:
+            roots[name] = Path([*(spec.submodule_search_locations or []), spec.origin][0])
+    files, seen = [], set()
     for package, root in roots.items():
         for path in [root] if root.is_file() else sorted(root.rglob("*.py")):
             inside = "" if path == root else path.relative_to(root).as_posix()
             name = f"{package}/{inside}"
-            # _sysconfigdata holds paths of the machine it was built on
-            if SKIP & set(name.split("/")) or "_sysconfigdata" in name:
+            if SKIP & set(name.split("/")):
                 continue
             raw = path.read_bytes()
             digest = hashlib.sha256(raw).digest()
@@ -275,14 +255,13 @@ def python_files():
 
 
 def choose(files, max_mb):
-    """Return [(split, path)]. Validation is 6 % of each package: whole directories, by their
-    hash, as long as they fit. Neighbours in a directory repeat each other: of validation's
-    13-grams 2.9 % stand in train like this, and 6.2 % if single files are drawn."""
+    """Return [(split, path)]. Validation is 6 % of each package, in whole directories,
+    because neighbours in a directory repeat each other."""
     total, folders = Counter(), Counter()
     for _, package, folder, _, size in files:
         total[package] += size
         folders[package, folder] += size
-    # directories of validation, in the order of their hash
+    # directories of validation, in the order of their hash, as long as they fit
     wanted = {package: 0.06 * size for package, size in total.items()}
     val = set()
     for package, folder in sorted(folders, key=lambda pair: key(pair[1])):
@@ -299,7 +278,7 @@ def choose(files, max_mb):
     room = Counter()
     for _, package, folder, _, size in files:
         room[package, folder in val] += min(1, limit / total[package]) * size
-    # in the order of the files' hash, which mixes the packages everywhere
+    # take the files that fit; the order of their hash mixes the packages
     chosen = []
     for _, package, folder, path, size in sorted(files):
         if size <= room[package, folder in val]:
@@ -308,31 +287,33 @@ def choose(files, max_mb):
     return chosen
 
 
+def python_corpus(max_mb):
+    """Yield Python's source, at most so many megabytes."""
+    for split, path in choose(python_files(), max_mb):
+        yield split, path.read_bytes().decode(errors="replace"), True
+
+
 # ---- corpora of text files and of downloads --------------------------------------------
 
 def check_text(path):
-    """Refuse what is not a file of UTF-8 text, and say what it is."""
-    if os.path.isdir(path):
-        fail(f"{path} is a folder: name the text files in it")
+    """Refuse what is not a file of text, and say what it is."""
     if not os.path.exists(path):
-        fail(f"{path}: no such file; the data sets are {', '.join(DEFAULT_MB)}, one at a time")
+        fail(f"{path}: no such file; data sets, one at a time: {', '.join(DEFAULT_MB)}")
     if not os.path.isfile(path):
-        fail(f"{path} is not a regular file: text is read twice, so save it first")
+        fail(f"{path} is a folder, or not a regular file: name text files")
     with open(path, "rb") as f:
         head = f.read(1 << 16)
     if not head:
         fail(f"{path} is empty: give more text")
     for magic, kind in MAGIC.items():
         if head.startswith(magic):
-            fail(f"{path} is {kind}: unpack or convert it to plain UTF-8 text first")
+            fail(f"{path} is {kind}: convert it to plain UTF-8 text first")
     if b"\0" in head:
-        fail(f"{path} holds NUL bytes, so it is binary data or UTF-16: convert it to plain "
-             "UTF-8 text first")
+        fail(f"{path} holds NUL bytes (binary, or UTF-16): convert it to UTF-8 text first")
 
 
 def read_blocks(path, chunk, errors):
-    """Yield the text of a file in blocks; of a .jsonl file the documents in its lines, each
-    with a marker behind it."""
+    """Yield the text of a file in blocks; of a .jsonl file its documents with markers."""
     with open(path, encoding="utf-8-sig", errors=errors) as f:
         try:
             if Path(path).suffix != ".jsonl":
@@ -357,14 +338,14 @@ def json_text(line, place):
         # JSON can spell halves of characters, which UTF-8 cannot
         text.encode()
         return text
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         fail(f'{place}: not a JSON object with a "text" field')
 
 
 def read_text(path, chunk=CHUNK, whole=True):
     """Yield (text, ends_document): a file cut at each marker, and a long document behind a
-    line, else before a space, else anywhere. What follows the last marker is a document if
-    the file is whole; otherwise it is left out."""
+    line, else before a space, else anywhere. If the file is not whole, what follows the
+    last marker is left out."""
     # the start of a document, which waits for more or for the end of the file
     held = ""
     for block in read_blocks(path, chunk, "strict" if whole else "ignore"):
@@ -392,13 +373,11 @@ def read_text(path, chunk=CHUNK, whole=True):
 
 
 def text_corpus(files):
-    """Yield the pieces of a user's files. Validation is the last 5 % of all text, of a small
-    text up to a quarter. It begins behind a document that ends shortly before, else behind a
-    line, else anywhere. So there is only one border at which train is its neighbour."""
+    """Yield the pieces of a user's files. Validation is the last 5 % of all text, of a
+    small text up to a quarter. It begins behind a document if one ends nearby."""
     total = 0
-    for file in files:
-        for text, ends in read_text(file):
-            total += len(text.encode()) + ends
+    for text, ends in chain.from_iterable(map(read_text, files)):
+        total += len(text.encode()) + ends
     n_val = max(0.05 * total, min(0.25 * total, 4096))
     # pieces are small enough to place the border well
     chunk = min(CHUNK, int(n_val / 8) + 1)
@@ -447,8 +426,7 @@ def openwebtext_corpus(downloads, shards):
 
 def download(dataset, name, path, size=None, sha256=None):
     """Get the first size bytes of a file (None: all). They grow as path.part, resumed where
-    an earlier run stopped, and get their name once they are whole and checked. Raise Offline
-    if the server does not answer."""
+    an earlier run stopped, and get their name once they are whole and checked."""
     if path.exists():
         return
     base = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
@@ -461,15 +439,11 @@ def download(dataset, name, path, size=None, sha256=None):
         try:
             size = fetch(url, part, start, size)
         except (OSError, HTTPException, ValueError) as error:
-            # 416: nothing lies behind what an earlier run fetched, so it is whole
-            if getattr(error, "code", None) == 416 and size is None and start:
-                break
-            # also ValueError, where HF_ENDPOINT is no address
+            # ValueError: an HF_ENDPOINT that is no address
             why = error
         # go on as long as each connection brings something
         if part.stat().st_size <= start:
-            raise Offline(f"{url} could not be fetched ({why}); check the network and {part}, "
-                          "then run again: it resumes. The data set python needs no network")
+            raise Offline(f"{url} could not be fetched ({why}); run again to resume it")
     if sha256 and sha256_of(part) != sha256:
         # resumed, it would never become right
         part.unlink()
@@ -487,11 +461,11 @@ def fetch(url, part, start, size):
         # 200 instead of 206: the server ignores ranges and begins anew
         have = start if reply.status == 206 else 0
         # "bytes 0-99/1234", or "1234"
-        total = reply.headers["Content-Range"] or reply.headers["Content-Length"] or "?"
-        total = total.rpartition("/")[2]
-        if not total.isdigit() or int(total) < (size or 1):
+        total = reply.headers["Content-Range"] or reply.headers["Content-Length"] or ""
+        total = int(total.rpartition("/")[2])
+        if total < (size or 1):
             fail(f"{url}: its size is {total}, expected {size}: not the file we know")
-        size = size or int(total)
+        size = size or total
         # disable=None: no bar where stderr is no terminal
         bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, disable=None)
         with open(part, "r+b") as f, bar:
@@ -512,21 +486,22 @@ def sha256_of(path):
 
 def sample(pieces):
     """Return at most SAMPLE_CHARS of train, spread over all of it: every stride-th piece.
-    Whenever it gets too much, every second one is dropped and the stride doubles."""
+    Whenever there are too many, half of them are dropped and the stride doubles."""
     kept, size, stride = [], 0, 1
     train = (text for split, text, _ in pieces if split == 0)
     for i, text in enumerate(train):
-        if i % stride == 0:
-            kept.append(text)
-            size += len(text)
-            if size > SAMPLE_CHARS:
-                kept, stride = kept[::2], 2 * stride
-                size = sum(map(len, kept))
+        if i % stride:
+            continue
+        kept.append(text)
+        size += len(text)
+        if size > SAMPLE_CHARS:
+            kept, stride = kept[::2], 2 * stride
+            size = sum(map(len, kept))
     return kept
 
 
 def write_bins(pieces, enc, paths):
-    """Encode into both files. Return what meta.json says of each, and the corpus's sha256."""
+    """Encode into both files. Return what meta.json says of each, and the corpus's hash."""
     counts, corpus = [Counter(), Counter()], hashlib.sha256()
     with open(paths[0], "wb") as train, open(paths[1], "wb") as val:
         while batch := list(islice(pieces, 64)):
@@ -539,49 +514,22 @@ def write_bins(pieces, enc, paths):
                 (train, val)[split].write(np.array(ids, dtype="<u2").tobytes())
                 corpus.update(raw + EOT.encode() * ends)
                 counts[split].update(tokens=len(ids), documents=int(ends), bytes=len(raw))
-    for count, path, split in zip(counts, paths, ("training", "validation")):
+    for count, path in zip(counts, paths):
         if not count["bytes"]:
-            fail(f"no text is left for {split}: give more text")
+            fail(f"no text is left for {path.name}: give more text")
         count.update(size=os.path.getsize(path))
         count["sha256"] = sha256_of(path)
     return counts, corpus.hexdigest()
 
 
-def gram_hashes(ids, n, step=1):
-    """Return a 64-bit hash of each n-gram of ids that begins at 0, step, 2 step ..."""
-    h = np.uint64(1)
-    for k in range(n):
-        h = (h + ids[k:len(ids) - n + 1 + k:step]) * np.uint64(0x9E3779B97F4A7C15)
-    return h
-
-
-def seen_share(train, val, n=13, most=200_000, chunk=1 << 20):
-    """Return the share of validation's n-grams of ids (of at most so many, evenly spaced)
-    that stand in train."""
-    if min(len(val), len(train)) < n:
-        return 0.0
-    some = gram_hashes(val, n, len(val) // most + 1)
-    values, counts = np.unique(some, return_counts=True)
-    # a table of the first 24 bits sorts out nearly all of train with one look-up each
-    coarse, found = np.zeros(1 << 24, bool), np.zeros(len(values), bool)
-    coarse[values >> np.uint64(40)] = True
-    for at in range(0, len(train) - n + 1, chunk):
-        h = gram_hashes(train[at:at + chunk + n - 1], n)
-        found |= np.isin(values, h[coarse[h >> np.uint64(40)]])
-    return float(counts[found].sum() / counts.sum())
-
-
 def check(folder):
-    """Return meta of a prepared folder. Raise ValueError that says what is wrong with it."""
+    """Return meta of a prepared folder. Raise ValueError if something is wrong with it."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         for split in ("train", "val"):
             size, expected = os.path.getsize(folder / f"{split}.bin"), meta[split]["size"]
             if size != expected:
-                raise ValueError(f"{split}.bin has {size:,} bytes, meta.json says {expected:,}")
-        for field in ("args", "vocab_size", "eot", "tokenizer"):
-            if field not in meta:
-                raise ValueError(f"meta.json has no {field}")
+                raise ValueError(f"{split}.bin has {size} bytes, meta.json says {expected}")
         return meta
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} is not prepared, or is damaged ({error})") from None
@@ -599,119 +547,99 @@ def load(name, data_dir="data"):
     return meta, train, np.memmap(folder / "val.bin", dtype="<u2", mode="r")
 
 
-def name_of(files, data_dir):
-    """Return a name for a data set, made from its first file's. Refuse a name under which
-    other files have been prepared."""
-    name = re.sub(r"\W+", "_", Path(files[0]).stem).strip("_") or "text"
-    if name in [*DEFAULT_MB, "downloads"]:
-        name += "_text"
+def old_args(folder):
+    """Return the arguments that a folder was prepared with; {} if it is not prepared."""
     try:
-        old = [stamp[0] for stamp in check(Path(data_dir) / name)["args"]["files"]]
+        return check(folder)["args"]
     except ValueError:
-        # nothing has that name yet
-        return name
-    if list(map(os.path.abspath, old)) != list(map(os.path.abspath, files)):
-        fail(f"{data_dir}/{name} was made from {', '.join(old)} and would be replaced: give "
-             "the new data set a --name")
+        return {}
+
+
+def name_of(files, data_dir):
+    """Return a name made from the first file's, unless it would replace other files'."""
+    name = re.sub(r"\W+", "_", Path(files[0]).stem).strip("_") or "text"
+    if name in RESERVED:
+        name += "_text"
+    old = [stamp[0] for stamp in old_args(Path(data_dir) / name).get("files", [])]
+    if old and old != [os.path.abspath(file) for file in files]:
+        fail(f"{data_dir}/{name} was made from {', '.join(old)}: give a --name")
     return name
 
 
 def prepare(name=None, files=(), data_dir="data", max_mb=None, vocab_size=4096,
             tokenizer="bpe", shards=1):
-    """Return the folder with train.bin, val.bin and meta.json. A data set of files may go
-    without a name. Raise Offline where a server is needed and does not answer; all else that
-    a user can get wrong ends in fail()."""
-    reserved = [*DEFAULT_MB, "downloads"]
+    """Return the folder with train.bin, val.bin and meta.json. Raise Offline where a server
+    does not answer; all else that a user can get wrong ends in fail()."""
     for file in files:
         check_text(file)
-    if files and name is None:
-        name = name_of(files, data_dir)
-    if files and (name in reserved or not re.fullmatch(r"\w[\w.-]*", name)):
-        fail(f"--name {name}: must be one word, and none of {', '.join(reserved)}")
-    if not files and name not in DEFAULT_MB:
-        fail(f"there is no data set {name}: give one of {', '.join(DEFAULT_MB)}, or text files")
+    if files:
+        name = name or name_of(files, data_dir)
+        if name in RESERVED or not re.fullmatch(r"\w[\w.-]*", name):
+            fail(f"--name {name}: must be one word, and none of {', '.join(RESERVED)}")
+    elif name not in DEFAULT_MB:
+        fail(f"there is no data set {name}: give text files, or {', '.join(DEFAULT_MB)}")
     if not 257 <= vocab_size <= 65535:
-        fail(f"--vocab_size {vocab_size}: must be 257 (bytes, end of text) to 65535 (uint16)")
+        fail(f"--vocab_size {vocab_size}: must be 257 (bytes, end of text) to 65535")
     if not 1 <= shards <= 80:
         fail(f"--shards {shards}: must be 1 to 80")
     if max_mb is None:
         max_mb = DEFAULT_MB.get(name, 0)
     if not max_mb >= 0 or max_mb and name not in ("python", "tinystories"):
-        fail(f"--max_mb {max_mb:g}: must be 0 (all) or more, and is for python and tinystories")
+        fail(f"--max_mb {max_mb:g}: must be 0 (all) or more, for python and tinystories")
     stamps = [[os.path.abspath(f), os.path.getsize(f), os.path.getmtime(f)] for f in files]
     args = {"name": name, "files": stamps, "max_mb": max_mb, "vocab_size": vocab_size,
             "tokenizer": tokenizer, "shards": shards, "python": sys.version.split()[0]}
     folder = Path(data_dir) / name
+    if old_args(folder) == args:
+        print(f"{folder}: prepared with these arguments before; to do it again, delete it")
+        return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        done = build(folder, args, files)
+        build(folder, args)
     except OSError as error:
         fail(f"{error.filename or data_dir}: {error.strerror or error}; what was prepared "
              "before is untouched")
-    print(f"{folder}: {done}")
     return folder
 
 
-def pieces_of(folder, args, files, chosen):
+def corpus(args, downloads):
     """Return a fresh generator of the corpus's pieces."""
-    downloads = folder.parent / "downloads"
-    if files:
-        return text_corpus(files)
-    if folder.name == "python":
-        return ((split, path.read_bytes().decode(), True) for split, path in chosen)
-    if folder.name == "tinystories":
+    if args["files"]:
+        return text_corpus([stamp[0] for stamp in args["files"]])
+    if args["name"] == "python":
+        return python_corpus(args["max_mb"])
+    if args["name"] == "tinystories":
         return tinystories_corpus(downloads, args["max_mb"])
     return openwebtext_corpus(downloads, args["shards"])
 
 
-def build(folder, args, files):
-    """Write all three files under other names and rename them when they are whole, meta.json
-    last: it says that the other two are complete. Return what was done, in words."""
-    try:
-        if check(folder)["args"] == args:
-            return "prepared with these arguments before; to do it again, delete it"
-    except ValueError:
-        # not there, or damaged
-        pass
-    start, chosen, texts = time.time(), [], ()
-    if folder.name == "python":
-        chosen = choose(python_files(), args["max_mb"])
+def build(folder, args):
+    """Write the three files, then move them to folder, meta.json last."""
+    texts, downloads = [], folder.parent / "downloads"
     if args["tokenizer"] == "bpe":
-        texts = sample(pieces_of(folder, args, files, chosen))
+        texts = sample(corpus(args, downloads))
     tok = make_tokenizer(args["tokenizer"], texts, args["vocab_size"])
-    enc, trained = encoding(tok), time.time()
-    final = [folder / name for name in ("train.bin", "val.bin", "meta.json")]
-    # with the process's id in their names, so that two runs cannot mix their files
-    parts = [Path(f"{path}.{os.getpid()}.part") for path in final]
-    try:
-        pieces = pieces_of(folder, args, files, chosen)
-        (train, val), corpus = write_bins(pieces, enc, parts[:2])
-        seen = seen_share(*(np.memmap(path, dtype="<u2", mode="r") for path in parts[:2]))
-        hosted = {"tinystories": TINYSTORIES, "openwebtext": OPENWEBTEXT}.get(folder.name, {})
-        meta = {"name": folder.name, "source": hosted.get("repo", "local files"), "args": args,
-                "revision": hosted.get("rev"), "corpus_sha256": corpus,
-                "vocab_size": enc.n_vocab, "eot": enc.eot_token,
-                "val_13grams_in_train": seen, "train": train, "val": val, "tokenizer": tok}
-        parts[2].write_text(json.dumps(meta, indent=1))
+    enc = encoding(tok)
+    # each run writes to a folder of its own, which goes however the run ends
+    with TemporaryDirectory(dir=folder) as part:
+        new = [Path(part) / name for name in ("train.bin", "val.bin", "meta.json")]
+        (train, val), sha256 = write_bins(corpus(args, downloads), enc, new[:2])
+        meta = {"name": args["name"], "args": args, "corpus_sha256": sha256,
+                "vocab_size": enc.n_vocab, "eot": enc.eot_token, "tokenizer": tok,
+                "train": train, "val": val}
+        new[2].write_text(json.dumps(meta, indent=1))
         # if what follows is interrupted, no meta.json describes files old and new
-        final[2].unlink(missing_ok=True)
-        for part, path in zip(parts, final):
-            part.replace(path)
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
-    n = train["tokens"] + val["tokens"]
-    return (f"{n:,} tokens, {val['tokens']:,} of them for validation, of whose 13-grams "
-            f"{seen:.1%} are in train; {(train['bytes'] + val['bytes']) / n:.2f} bytes per "
-            f"token; tokenizer {trained - start:.1f} s, all {time.time() - start:.1f} s")
+        (folder / "meta.json").unlink(missing_ok=True)
+        for path in new:
+            path.replace(folder / path.name)
+    print(f"{folder}: {train['tokens']:,} tokens, and {val['tokens']:,} for validation")
 
 
 # ---- what train.py sees ----------------------------------------------------------------
 
 def find(name, device="cpu", data_dir="data"):
-    """Return the name of a data set, prepared if need be, and None, or a note if python was
-    taken instead. "auto" is tinystories on an accelerator, and python on a CPU or without
-    network."""
+    """Return the name of a data set, prepared if need be, and a note if python was taken
+    instead (or None). "auto" is tinystories on an accelerator, otherwise python."""
     auto = name == "auto"
     if auto:
         name = "python" if device == "cpu" else "tinystories"
@@ -723,17 +651,16 @@ def find(name, device="cpu", data_dir="data"):
                 raise
             note = f"{name}: {error}; using python instead"
             print(note)
-            return find("python", "cpu", data_dir)[0], note
+            return find("python", data_dir=data_dir)[0], note
     return name, None
 
 
 class Data:
-    """Token sequences of a prepared data set, in an order that the seed sets: each pass takes
-    every sequence once, in an order of its own. A validation set that never changes, and what
-    is known about its tokens. Arrays [n, T] hold int64 ids."""
+    """Token sequences of a prepared data set. Each pass takes every sequence once, in an
+    order of its own that the seed sets. The validation set never changes."""
 
-    def __init__(self, name, data_dir, block_size, sequences_per_step, steps, seed, eval_tokens,
-                 device="cpu"):
+    def __init__(self, name, data_dir, block_size, sequences_per_step, steps, seed,
+                 eval_tokens, device="cpu"):
         self.name, self.note = find(name, device, data_dir)
         self.meta, self.train, val = load(self.name, data_dir)
         self.T, self.sequences_per_step = block_size, sequences_per_step
@@ -742,7 +669,7 @@ class Data:
             if len(ids) < block_size + 1:
                 fail(f"{self.name} has {len(ids):,} tokens of {split}, a sequence needs "
                      f"{block_size + 1:,}: give more text, or a smaller --block_size")
-        # as many passes as the steps need, one permutation each
+        # one permutation for each pass that the steps need
         n, wanted = (len(self.train) - 1) // block_size, steps * sequences_per_step
         self.sequences_per_pass, self.passes = n, wanted / n
         rng = np.random.default_rng(seed)
@@ -764,8 +691,7 @@ class Data:
         return rows[:, :-1].copy(), rows[:, 1:].copy()
 
     def batch(self, step):
-        """Return x, y [sequences_per_step, T]. They depend on seed and step alone, so a run
-        that is resumed has nothing to restore."""
+        """Return x, y [sequences_per_step, T], which depend on seed and step alone."""
         n = self.sequences_per_step
         return self.sequences(self.train, self.order[step * n:(step + 1) * n] * self.T)
 
@@ -776,11 +702,10 @@ class Data:
         return sum(z[:, k:width + k] * base ** k for k in range(order))
 
     def count(self, n, order):
-        """Return two arrays [n_val, T] about the n-gram of that order that ends with each
-        validation token. seen: how often it stands in the first n sequences of training, of
-        one pass at most, since a second adds no new n-grams (-1: the context begins within
-        it). copyable: never there, but earlier in the same context. Mostly in-context copying
-        (induction) predicts these tokens: their loss shows whether it has formed."""
+        """Return two arrays [n_val, T] about the n-gram that ends with each validation
+        token. seen: how often it stands in the first n sequences of one pass over train
+        (-1: the context begins within it). copyable: never there, but earlier in the same
+        context, so that in-context copying can predict it."""
         ours = self.grams(self.val_x, self.val_y, order)
         unique, where = np.unique(ours, return_inverse=True)
         times = np.zeros(len(unique), np.int64)
@@ -814,22 +739,22 @@ def main(argv=None):
     add("what", nargs="*", default=["python"],
         help="python (default), tinystories, openwebtext, or text files")
     add("--name", help="name of a data set of text files (default: the first file's)")
-    add("--data_dir", default="data", help="gets a folder per data set (default: %(default)s)")
-    defaults = ", ".join(f"{name} {mb}" for name, mb in DEFAULT_MB.items())
+    add("--data_dir", default="data", help="gets a folder per data set (default: data)")
     add("--max_mb", type=float,
-        help=f"use at most so many megabytes of text, 0: all (default: {defaults})")
-    add("--vocab_size", type=int, default=4096, help="tokens of the BPE (default: %(default)s)")
+        help="use at most so many megabytes, 0: all (default: python 48, tinystories 200)")
+    add("--vocab_size", type=int, default=4096, help="tokens of the BPE (default: 4096)")
     add("--tokenizer", default="bpe", choices=("bpe", "gpt2"),
-        help="bpe, trained on this text, or gpt2 (default: %(default)s)")
+        help="bpe, trained on this text, or gpt2 (default: bpe)")
     add("--shards", type=int, default=1,
-        help="how many of openwebtext's 80 files (default: %(default)s)")
+        help="how many of openwebtext's 80 files (default: 1)")
     a = parser.parse_args(argv)
-    files = [] if len(a.what) == 1 and a.what[0] in DEFAULT_MB else a.what
-    if a.name and not files:
-        fail(f"--name {a.name}: is for text files; the data set {a.what[0]} has its name")
+    name, files = a.name, a.what
+    if len(files) == 1 and files[0] in DEFAULT_MB:
+        if name:
+            fail(f"--name {name}: is for text files; the data set {files[0]} has its name")
+        name, files = files[0], []
     try:
-        prepare(a.name if files else a.what[0], files, a.data_dir, a.max_mb, a.vocab_size,
-                a.tokenizer, a.shards)
+        prepare(name, files, a.data_dir, a.max_mb, a.vocab_size, a.tokenizer, a.shards)
     except Offline as error:
         fail(error)
 
