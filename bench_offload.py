@@ -15,9 +15,10 @@ and device memory are the same RAM, so a link is SIMULATED: a gather takes at le
 --link_gbps.
 """
 from common import (commit, fail, free_memory, keep_freed_memory, machine_name,
-                    make_parser, new_figure, run_script)
+                    make_parser, new_figure, run_script, write_whole)
 
 import json
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -97,6 +98,8 @@ class Bench:
         else:
             # the file loses its name here, and goes with the process
             with NamedTemporaryFile(dir=folder) as file:
+                # a full disk is found here, not when a page is written
+                os.posix_fallocate(file.fileno(), 0, shape.numel() * self.dtype.itemsize)
                 table = torch.from_file(file.name, True, shape.numel(), dtype=self.dtype)
         # write every page: those that never were written are all one page of zeros
         module.table = table.view(shape).fill_(0.02)
@@ -332,8 +335,11 @@ def conclusion(table):
     """Return the sentence that says what a table of prompts means."""
     slow = table["arms"][SYNCHRONOUS]["lost_to_resident_percent"][0]
     middle, low, high = table["arms"][PREFETCHED]["lost_to_resident_percent"]
-    return (f"Against a resident table, reads at the place of use lost {slow:.1f} % of the "
+    said = (f"Against a resident table, reads at the place of use lost {slow:.1f} % of the "
             f"throughput, prefetched ones {middle:.1f} % ({low:.1f} to {high:.1f}).")
+    if high - low > 2:
+        said += " That interval is too wide to tell 1 % from nothing: give more --rounds."
+    return said
 
 
 def crossover(bench, n, make):
@@ -353,6 +359,10 @@ def crossover(bench, n, make):
             at, p["before_ms"], p["transfer_ms"], p["exposed_ms"], *p["measured_ms"]))
         print(lines[-1], flush=True)
     return {"simulated_gbps": bench.gbps, "n": n, "points": points, "lines": lines}
+
+
+def save(result, path):
+    write_whole(path, lambda file: file.write(json.dumps(result, indent=1).encode()))
 
 
 def draw(cross, path):
@@ -475,7 +485,11 @@ def main(argv=None):
     out, began = Path(args.out), time.time()
     path, picture = out / "offload.json", out / "crossover.png"
     if args.plot:
-        return draw(json.loads(path.read_text())["crossover"], picture)
+        try:
+            cross = json.loads(path.read_text())["crossover"]
+        except (ValueError, KeyError) as error:
+            fail(f"{path} is damaged ({type(error).__name__}: {error})")
+        return draw(cross, picture)
     if args.device == "cpu":
         keep_freed_memory()
         # a core for the worker
@@ -484,11 +498,11 @@ def main(argv=None):
     result = {"commit": commit(), "device": machine_name(args.device),
               "torch": str(torch.__version__), "threads": torch.get_num_threads(),
               "args": vars(args), **measure(args, out)}
-    path.write_text(json.dumps(result, indent=1))
+    save(result, path)
     draw(result["crossover"], picture)
     if args.full and args.device != "cpu":
         result["paper"] = paper(args)
-        path.write_text(json.dumps(result, indent=1))
+        save(result, path)
     print(f"all figures: {path}; {time.time() - began:.0f} s")
 
 

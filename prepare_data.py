@@ -11,8 +11,9 @@ The idea: a corpus is a generator of pieces (split, text, ends_document), where 
 train and 1 is validation. It runs twice, once to train the tokenizer on a sample and once
 to encode, so the whole text is never in memory.
 
-Text files are UTF-8. A line <|endoftext|> separates documents. In a .jsonl file each line
-is an object whose field "text" is one document.
+Text files are UTF-8. As in Python's text mode, a byte order mark is dropped and every line
+ends with one newline character. A line <|endoftext|> separates documents. In a .jsonl file
+each line is an object whose field "text" is one document.
 """
 from common import fail, make_parser, run_script
 
@@ -70,7 +71,9 @@ PACKAGES = """torch torchgen functorch sympy numpy matplotlib mpl_toolkits netwo
 SKIP = set("""test tests testing idlelib _vendor vendor vendored extern external
     third_party _antlr encodings pydoc_data site-packages dist-packages""".split())
 # how common files begin that are not text
-MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "a zip archive", b"%PDF-": "a PDF"}
+MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "a zip archive", b"BZh": "bzip2",
+         b"\x28\xb5\x2f\xfd": "zstandard", b"\xfd7zXZ": "xz", b"PAR1": "parquet",
+         b"%PDF-": "a PDF"}
 
 
 class Offline(Exception):
@@ -188,8 +191,9 @@ def encoding(tok):
         try:
             enc = tiktoken.get_encoding("gpt2")
         except Exception as error:
-            raise Offline(f"GPT-2's tokenizer is not here ({type(error).__name__}); set "
-                          "TIKTOKEN_CACHE_DIR, or use --tokenizer bpe") from None
+            raise Offline(f"GPT-2's tokenizer was not downloaded ({type(error).__name__}); "
+                          "set TIKTOKEN_CACHE_DIR to a folder that holds it, or use "
+                          "--tokenizer bpe") from None
     else:
         ranks = {base64.b64decode(token): i for i, token in enumerate(tok["tokens"])}
         enc = tiktoken.Encoding("bpe", pat_str=tok["pattern"], mergeable_ranks=ranks,
@@ -237,14 +241,17 @@ def python_files():
     for name in PACKAGES:
         # find_spec does not import the package
         spec = importlib.util.find_spec(name)
-        if spec is not None:
-            roots[name] = Path([*(spec.submodule_search_locations or []), spec.origin][0])
+        if spec is None:
+            print(f"{name} is not installed, so it is not in the corpus")
+            continue
+        roots[name] = Path([*(spec.submodule_search_locations or []), spec.origin][0])
     files, seen = [], set()
     for package, root in roots.items():
         for path in [root] if root.is_file() else sorted(root.rglob("*.py")):
             inside = "" if path == root else path.relative_to(root).as_posix()
             name = f"{package}/{inside}"
-            if SKIP & set(name.split("/")):
+            # _sysconfigdata holds paths of the machine it was built on
+            if SKIP & set(name.split("/")) or "_sysconfigdata" in name:
                 continue
             raw = path.read_bytes()
             digest = hashlib.sha256(raw).digest()
@@ -338,7 +345,7 @@ def json_text(line, place):
         # JSON can spell halves of characters, which UTF-8 cannot
         text.encode()
         return text
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         fail(f'{place}: not a JSON object with a "text" field')
 
 
@@ -439,11 +446,15 @@ def download(dataset, name, path, size=None, sha256=None):
         try:
             size = fetch(url, part, start, size)
         except (OSError, HTTPException, ValueError) as error:
+            # 416: nothing lies behind what an earlier run fetched, so it is whole
+            if getattr(error, "code", None) == 416 and size is None and start:
+                break
             # ValueError: an HF_ENDPOINT that is no address
             why = error
         # go on as long as each connection brings something
         if part.stat().st_size <= start:
-            raise Offline(f"{url} could not be fetched ({why}); run again to resume it")
+            raise Offline(f"{url} could not be fetched ({why}); run again to resume it; the "
+                          "data set python needs no network")
     if sha256 and sha256_of(part) != sha256:
         # resumed, it would never become right
         part.unlink()

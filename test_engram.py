@@ -208,6 +208,16 @@ def test_hash_is_the_python_loop(orders, stop):
     assert (rows == torch.arange(2 * len(orders))).all()
 
 
+def test_hash_by_hand():
+    """The example in the docstring of hash(), once the hash has changed."""
+    module = tiny_module(orders=(2,))
+    module.multipliers = torch.tensor([3, 11])
+    module.primes, module.offsets = torch.tensor([[13, 17]]), torch.tensor([[0, 13]])
+    assert module.hash(torch.tensor([[5, 7]]))[0, 1].tolist() == [8, 13]
+    text = " ".join(Engram.hash.__doc__.split())
+    assert "7 * 3 ^ 5 * 11 = 21 ^ 55 = 34" in text and "reads rows 8 and 13" in text
+
+
 def test_canonical_ids():
     """Merging what is not text, or losing a token that normalises to nothing."""
     pieces = [b"The", b" the", b"\xc3\xa9", b"e", b"\xc3", b"\xa9", b" ", b"\n\n",

@@ -61,6 +61,8 @@ def load_pair(out_dir, twin=True):
         if differ:
             fail(f"{out_dir}: these are not twins, they differ in {', '.join(differ)}; "
                  "train both with one command, python train.py")
+    if model.cfg.engram.orders[-1] == 1:
+        fail(f"{out_dir}: analyses need an n-gram order above 1")
     name, block_size = saved["header"]["data"]["name"], model.cfg.block_size
     try:
         data = Data(name, cfg.data_dir, block_size, cfg.tokens_per_step // block_size,
@@ -443,10 +445,11 @@ def write_results(path, found):
     write_whole(path, lambda file: file.write(json.dumps(found).encode()))
 
 
-def draw_picture(path, draw):
-    """Draw NAME.png beside NAME.json."""
+def draw_picture(path, draw, note=""):
+    """Draw NAME.png beside NAME.json, with a note below."""
     figure = new_figure(figsize=(7.5, 4.5))
     draw(figure.subplots())
+    figure.supxlabel(note, fontsize=8)
     path = path.with_suffix(".png")
     write_whole(path, lambda file: figure.savefig(file, dpi=110, format="png"))
     print(f"picture: {path}")
@@ -460,7 +463,8 @@ def main(argv=None):
     add("--out_dir", nargs="+", default=["out"], help="folders of train.py (default: out)")
     add("--plot", action="store_true", help="compute nothing; read --results, by default "
         "experiments/results, the results that came with the code")
-    add("--results", help="folder of NAME.json and NAME.png (default: the first out_dir)")
+    add("--results", help="folder of NAME.json and NAME.png (default: the first out_dir, "
+        "of zipf the folder of the data)")
     add("--dataset", default="python", help="zipf: prepared data (default: %(default)s)")
     add("--data_dir", default="data", help="zipf: where it lies (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -469,7 +473,11 @@ def main(argv=None):
         print(*report(load_pair(args.out_dir[0], twin)), sep="\n")
         return
     find, say, draw, twin = ANALYSES[args.name]
-    folder = COMMITTED if args.plot else args.out_dir[0]
+    folder = args.out_dir[0]
+    if args.name == "zipf":
+        folder = Path(args.data_dir) / args.dataset
+    if args.plot:
+        folder = COMMITTED
     path = Path(args.results or folder) / f"{args.name}.json"
     if args.name == "zipf" and not args.plot:
         write_results(path, zipf(args.dataset, args.data_dir))

@@ -104,6 +104,7 @@ class Sweep(NamedTuple):
     reference: str
     say: Callable | None = None      # say(sweep, runs): what was found, in a sentence
     draw: Callable | None = None     # draw(axes, sweep, runs)
+    heading: str = ""                # of the picture
     along: bool = False              # are the names of the arms numbers to draw along?
     steps: int = 1500
     evaluations: int = 4
@@ -115,16 +116,22 @@ def sweeps():
     """Return {name: Sweep}."""
     return {
         "twins": Sweep(LAPTOP, TWINS_AND_CONTROLS, "moe", say_twins, draw_curves,
+                       "Same parameters, same compute: Engram against its MoE-only twin",
                        steps=1200, evaluations=8),
-        "twins_long": Sweep(LAPTOP, TWINS, "moe", say_twins, draw_curves, steps=4800,
+        "twins_long": Sweep(LAPTOP, TWINS, "moe", say_twins, draw_curves,
+                            "The same, trained four times as long", steps=4800,
                             evaluations=16, seeds=1),
         "twins_rates": Sweep(LAPTOP, RATES, "moe 0.004", steps=1200, evaluations=8, seeds=1,
                              first_seed=10),
         "rates": Sweep(SMALL, RATES, "moe 0.004", seeds=1, first_seed=10),
         "experts": Sweep(SMALL, EXPERTS, "half"),
-        "allocation": Sweep(SMALL, ALLOCATION, "1", draw=draw_differences, along=True),
-        "controls": Sweep(SMALL, CONTROLS, "engram", draw=draw_differences),
-        "memory": Sweep(SMALL, MEMORY, "4096", say_memory, draw_differences, along=True),
+        "allocation": Sweep(SMALL, ALLOCATION, "1", None, draw_differences,
+                            "Which share of the sparse parameters should experts keep?",
+                            along=True),
+        "controls": Sweep(SMALL, CONTROLS, "engram", None, draw_differences,
+                          "What is lost without one part of Engram"),
+        "memory": Sweep(SMALL, MEMORY, "4096", say_memory, draw_differences,
+                        "What more rows bring at the same compute", along=True),
         "parts": Sweep(SMALL, PARTS, "engram"),
         "placement": Sweep(SMALL, PLACEMENT, "1")}
 
@@ -313,7 +320,8 @@ def draw_curves(axes, sweep, runs):
             axes.plot(millions, curves[-1], line, color=colour, lw=0.8, alpha=0.6)
         axes.plot(millions, np.mean(curves, axis=0), line, color=colour, lw=2.5,
                   label=f"{sweep.arms[arm].title} (n={len(seeds)})")
-    axes.set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)")
+    axes.set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)",
+             title=sweep.heading)
     axes.legend()
 
 
@@ -330,6 +338,7 @@ def draw_differences(axes, sweep, runs):
         axes.set_xscale("log", base=2)
     axes.set_xticks(places, [sweep.arms[arm].title for arm in found], rotation=20,
                     ha="right")
+    axes.set_title(sweep.heading)
     axes.set_ylabel(f"loss minus that of {sweep.arms[sweep.reference].title}\n"
                     "(nats per token, same seed)")
 
@@ -372,12 +381,16 @@ def main(argv=None):
     if args.reference:
         sweep = sweep._replace(reference=args.reference, say=None, draw=None)
     runs = finished_runs(path, sweep)
-    print(*table(sweep, runs), sep="\n")
+    lines = table(sweep, runs)
+    print(*lines, sep="\n")
     if sweep.say:
         print("", sweep.say(sweep, runs), sep="\n")
     print(f"runs: {path}")
     if sweep.draw:
-        draw_picture(path, partial(sweep.draw, sweep=sweep, runs=runs))
+        note = ""
+        if UNFAIR in lines:
+            note = "¹ not a fair control: see experiments/README.md"
+        draw_picture(path, partial(sweep.draw, sweep=sweep, runs=runs), note)
 
 
 if __name__ == "__main__":
