@@ -73,7 +73,7 @@ SKIP = set("""test tests testing idlelib _vendor vendor vendored extern external
 # how common files begin that are not text
 MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "a zip archive", b"BZh": "bzip2",
          b"\x28\xb5\x2f\xfd": "zstandard", b"\xfd7zXZ": "xz", b"PAR1": "parquet",
-         b"%PDF-": "a PDF"}
+         b"%PDF-": "a PDF", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 
 class Offline(Exception):
