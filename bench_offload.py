@@ -14,9 +14,6 @@ one, the worst case). Ratios and differences are taken within a round. Without a
 and device memory are the same RAM, so a link is SIMULATED: a gather takes at least bytes /
 --link_gbps.
 """
-from common import (commit, fail, free_memory, keep_freed_memory, machine_name,
-                    make_parser, new_figure, run_script, write_whole)
-
 import json
 import os
 import time
@@ -27,6 +24,8 @@ from tempfile import NamedTemporaryFile
 import numpy as np
 import torch
 
+from common import (commit, fail, free_memory, keep_freed_memory, machine_name,
+                    make_parser, new_figure, run_script, write_whole)
 from engram import Engram, EngramConfig, RowAdam
 from model import GPT, Cache, GPTConfig
 from offload import Fetch

@@ -9,14 +9,15 @@ them to row numbers of a big table, read those rows, and let the hidden state de
 through a gate how much of what was read to believe. The row numbers depend on token ids
 alone, never on activations, so a read can start before the forward pass does.
 
-One training step. GPT.read makes the first two calls for all memory layers at once,
-before the first block runs; the forward pass makes the third; train.py makes the last
-two.
+One step:
+  GPT.read, before the first block runs, for all memory layers:
     row_ids = engram.hash(x)         which rows? x: canonical ids of the step's tokens
     read = engram.read(row_ids)      gather each row once into a small tensor, read.leaf
+  Block.forward:
     h = h + engram(h, read)          project what was read, gate it, add it to the stream
+  train.py:
     loss.backward()                  fill read.leaf.grad: U rows, not the whole table
-    table_adam.step([read], lr)      RowAdam updates those U rows, and no others
+    tables.step([read], lr)          RowAdam updates those U rows, and no others
 
 Letters, here and in model.py:
     B batch, T time, D model width (n_embd), V' number of canonical ids
@@ -103,7 +104,7 @@ class Read(NamedTuple):
     leaf: torch.Tensor
     # [B, T, M] which of the U rows each token reads
     inverse: torch.Tensor
-    # to be called before leaf is used, which may still be filling (offload.py)
+    # to be called before leaf is used, which may still be filling (offload.py); or None
     ready: Callable | None
 
     def part(self, sequences):
@@ -121,7 +122,7 @@ class Engram(nn.Module):
             raise ValueError("engram rows are not set: give them, or use make_twins()")
         self.cfg = cfg
         self.pad = pad
-        # every head has its own slice of one flat table, which begins at its offset
+        # one flat table holds all heads; the slice of a head begins at its offset
         primes = np.array(head_primes(cfg)[block])                        # [orders, K]
         ends = np.cumsum(primes).reshape(primes.shape)
         self.register_buffer("multipliers", torch.as_tensor(
@@ -172,7 +173,7 @@ class Engram(nn.Module):
         """Return alpha [B, T, 1] from 0 to 1: does what was read fit here? (eq. 4)"""
         if self.cfg.gate == "off":
             return torch.ones_like(h[..., :1])
-        # how much do the key of what was read and the hidden state point the same way?
+        # does the key of what was read point the same way as the hidden state?
         key = self.norm_key(self.key(e).to(h.dtype))
         score = (key * self.norm_query(h)).sum(-1, keepdim=True) / math.sqrt(h.size(-1))
         if self.cfg.gate == "sqrt":
@@ -183,11 +184,11 @@ class Engram(nn.Module):
     def short_conv(self, x, cache=None):
         """Convolve x [B, T, D] over time, each channel by itself, looking back only.
 
-        Taps are N positions apart, so that the n-grams they see do not overlap. A sum of
-        shifted products is faster on a CPU than a grouped nn.Conv1d. cache: a dict that
-        carries the last (kernel - 1) * N inputs from one chunk of a text to the next."""
-        # as in the paper, the dilation is the largest n-gram order
-        kernel, dilation, T = self.cfg.conv_kernel, self.cfg.orders[-1], x.size(1)
+        Taps are N positions apart (paper), so that the n-grams they see do not overlap. A
+        sum of shifted products is faster on a CPU than a grouped nn.Conv1d. cache: a dict
+        that carries the last (kernel - 1) * N inputs to the next chunk of a text."""
+        T = x.size(1)
+        kernel, dilation = self.cfg.conv_kernel, self.cfg.orders[-1]
         reach = (kernel - 1) * dilation
         # put what came before in front of x: zeros where the text begins
         if cache is not None and "tail" in cache:
@@ -196,6 +197,7 @@ class Engram(nn.Module):
             x = F.pad(x, (0, 0, reach, 0))
         if cache is not None:
             cache["tail"] = x[:, x.size(1) - reach:]
+        # the last tap sees the token itself, the one before it sees N positions back, ...
         return sum(self.conv[j] * x[:, j * dilation:j * dilation + T] for j in range(kernel))
 
     # ---- which rows, and their values
@@ -212,19 +214,21 @@ class Engram(nn.Module):
         throughout: with ids below V' no product overflows.
 
         By hand: ids 5, 7, multipliers 3 (for the last id) and 11, heads with primes 13
-        and 17. 7 * 3 ^ 5 * 11 = 21 ^ 55 = 34. First head: 34 % 13 = 8. Second head: 34 %
+        and 17. (7 * 3) ^ (5 * 11) = 21 ^ 55 = 34. First head: 34 % 13 = 8. Second head: 34 %
         17 = 0, and its slice begins at 13. So position 1 reads rows 8 and 13."""
         N, T = self.cfg.orders[-1], x.size(1)
         # every position needs N-1 ids before it; before the text they are padding
         if history is not None:
             x = torch.cat([history, x], dim=1)
-        x = F.pad(x, (N - 1 + T - x.size(1), 0), value=self.pad)          # [B, N-1 + T]
-        mix, row_ids = torch.zeros_like(x[:, :T]), []
+        missing = N - 1 + T - x.size(1)
+        x = F.pad(x, (missing, 0), value=self.pad)                        # [B, N-1 + T]
+        mix = torch.zeros_like(x[:, :T])
+        row_ids = []
         same_text = torch.ones_like(mix, dtype=torch.bool)
         for k in range(N):
             past = x[:, N - 1 - k:N - 1 - k + T]                          # x[t-k] for all t
             if self.cfg.stop_at_eot and k > 0:
-                # pad is also the id of end of text: it and what is older read as pad
+                # pad is also the id of end of text: from the nearest one back, all is pad
                 same_text = same_text & (past != self.pad)
                 past = torch.where(same_text, past, self.pad)
             mix = mix ^ (past * self.multipliers[k])
@@ -265,9 +269,9 @@ class RowAdam:
     decay.
 
     Dense Adam would go through all R rows, and its momentum would move rows that were not
-    read. Each row counts its own visits for the bias correction: with one clock for all
-    rows, as in torch.optim.SparseAdam, a row that is first read late takes a first step
-    2.2 times too small (beta2 0.95), and of a Zipfian text most rows are."""
+    read. Bias correction needs a step count. Here each row has its own, its number of
+    visits. torch.optim.SparseAdam has one for all rows, so a row that is first read late
+    takes a first step 2.2 times too small (beta2 0.95). In text most rows are."""
 
     def __init__(self, tables, betas=(0.9, 0.95), eps=1e-8):
         """tables: list of [R, d] tensors, changed in place. Moments are made beside them."""
@@ -280,7 +284,8 @@ class RowAdam:
 
     @torch.no_grad()
     def step(self, reads, lr):
-        """Update each table by its Read, whose leaf holds rows and gradient."""
+        """Update each table from its Read: leaf holds the rows' values, leaf.grad their
+        gradient."""
         beta1, beta2 = self.betas
         for table, state, read in zip(self.tables, self.state, reads, strict=True):
             # the table may be in host memory, and the leaf on a GPU
@@ -303,7 +308,8 @@ class RowAdam:
 # ---- canonical ids, multipliers, primes: fixed numbers, made once ----------------------
 
 def normalise(text):
-    """Return what two tokens must share to get one id (tokenizer compression, paper)."""
+    """Return the normal form of a token's text. Tokens with the same normal form share
+    one canonical id (the paper's tokenizer compression)."""
     # split accents from their letters and drop them
     text = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", text))
     text = "".join(c for c in text if unicodedata.category(c) != "Mn").lower()
@@ -316,8 +322,8 @@ def canonical_ids(token_bytes, compress=True):
     appearance.
 
     token_bytes: the bytes of token 0, 1, 2, ... GPT-2: 50,257 tokens have 32,982
-    canonical ids. A token that is no text by itself (a piece of a UTF-8 sequence) keeps
-    its bytes as its key; keys are str or bytes, so the two kinds never meet."""
+    canonical ids. A token that is no text by itself (a piece of a UTF-8 sequence) has its
+    bytes as its key; other keys are str, so the two kinds never meet."""
     if not compress:
         return np.arange(len(token_bytes))
     # tokens with the same key get the same id

@@ -80,7 +80,7 @@ class Attention(nn.Module):
 def attend(q, k, v):
     """Causal attention, [B, H, T, hd] each. The queries are the last of the keys."""
     T, n_keys = q.size(2), k.size(2)
-    # in bf16 on a CPU this takes twice as long as what follows (T 256, LOG.md)
+    # in bf16 on a CPU SDPA takes twice as long as the lines below (T 256, LOG.md)
     slow_here = q.device.type == "cpu" and q.dtype == torch.bfloat16
     if T == n_keys and not slow_here:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -218,11 +218,13 @@ class GPT(nn.Module):
             cache.length = end
         rope = self.cos[start:end], self.sin[start:end]
         # hand the reads to the blocks that have a memory, in order
-        reads = list(reads)
         assert len(reads) in (0, len(self.engrams())), f"{len(reads)} reads"
+        reads = iter(reads)
         x = self.embed(idx)
         for i, block in enumerate(self.blocks):
-            read = reads.pop(0) if reads and block.engram is not None else None
+            read = None
+            if block.engram is not None:
+                read = next(reads, None)
             block_cache = cache.blocks[i] if cache is not None else None
             x = block(x, rope, read, block_cache)
         # the head shares its weights with the embedding
@@ -314,7 +316,7 @@ def generate(model, idx, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, g
 
 
 @torch.no_grad()
-def token_losses(model, x, y, batch_size, autocast, memory=True):
+def token_losses(model, x, y, batch_size, precision, memory=True):
     """Return the loss of each token [n, T] in nats, fp32 on the CPU, for x, y [n, T].
     With memory False the memory is switched off."""
     was_training = model.training
@@ -324,7 +326,7 @@ def token_losses(model, x, y, batch_size, autocast, memory=True):
     # a batch at a time, to bound the memory that logits take
     for i in range(0, len(x), batch_size):
         idx, targets = x[i:i + batch_size].to(device), y[i:i + batch_size].to(device)
-        with autocast:
+        with precision:
             logits = model(idx, reads=None if memory else [])[0].float()
         nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         losses.append(nats.view(targets.shape).cpu())

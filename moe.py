@@ -72,7 +72,7 @@ class MoE(nn.Module):
         # the bias has a say in which experts are chosen, not in their weights
         chosen = (affinity + self.bias).topk(self.top_k, dim=-1).indices
         weight = affinity.gather(-1, chosen)
-        # a sigmoid below exp(-104) is 0 in fp32, and so can be all that a token has
+        # very negative logits give sigmoids of 0 in fp32; if all k are 0, avoid 0 / 0
         tiny = torch.finfo(affinity.dtype).tiny
         weight = weight / weight.sum(-1, keepdim=True).clamp_min(tiny)
         # not bincount: on a GPU that waits for the device
@@ -96,7 +96,7 @@ class MoE(nn.Module):
         results back in token order. grouped: in one kernel (None: where that pays)."""
         on_gpu, bf16 = x.is_cuda, x.dtype == torch.bfloat16
         if grouped is None:
-            # separate slices need their lengths on the host, which only a GPU minds
+            # separate slices need their lengths on the host; a GPU has to be waited for
             strides_of_16_bytes = all(n % 8 == 0 for n in self.w_out.shape[1:])
             grouped = on_gpu and bf16 and strides_of_16_bytes
         # sort the pairs; pair p belongs to token p // k

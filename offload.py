@@ -14,10 +14,10 @@ at the place of use. What takes part, in the order in which it appears:
                     memory, so that the main thread can go on and start the blocks.
     staging buffer  where the worker puts the rows for a GPU. It is pinned (the system may
                     not move it): only from pinned memory can a GPU copy while it computes.
-    copy stream     a queue of the GPU for this copy alone. In the queue that computes it
-                    would wait for the blocks before it, which we want to avoid.
+    copy stream     a queue of the GPU for this copy alone. In the compute queue the copy
+                    would wait for the blocks queued before it.
     event           a mark in the copy stream, behind the copy. At the place of use the
-                    queue that computes waits for it. No thread does.
+                    compute queue waits for it; no thread does.
 
 Time runs to the right; the forward pass of a step with the memory in block 1:
 
@@ -30,8 +30,9 @@ On a CPU there are neither queues nor copies: the worker gathers straight into l
 ready() waits for the worker. The table itself is not pinned: the GPU never touches it.
 """
 import copy
+import functools
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 import torch
@@ -52,22 +53,24 @@ class Fetch:
     def start(self, table, row_ids):
         """Begin to read rows [U] of table [R, d], after the update that it must see.
 
-        Return the row numbers beside the table; leaf [U, d] on the model's device, still
-        empty; and ready(), to be called before leaf is used. It raises what went wrong."""
+        Return the row numbers on the table's device; leaf [U, d] on the model's device,
+        still empty; and ready(), to be called before leaf is used. It raises what went
+        wrong in the worker."""
         leaf = table.new_empty(len(row_ids), table.size(1), device=row_ids.device)
         arrived = None
         if leaf.is_cuda:
             # copy the row numbers to the host; the event says when they are there
-            host = torch.empty(row_ids.shape, dtype=row_ids.dtype, pin_memory=True)
-            row_ids = host.copy_(row_ids, non_blocking=True)
+            on_host = torch.empty(row_ids.shape, dtype=row_ids.dtype, pin_memory=True)
+            row_ids = on_host.copy_(row_ids, non_blocking=True)
             arrived = torch.cuda.current_stream(leaf.device).record_event()
+        # detach: the worker fills it, whether or not autograd follows leaf by then
         job = (table, row_ids, leaf.detach(), arrived)
         if self.worker is not None:
-            gathered = self.worker.submit(self.gather, *job).result
+            wait_for_gather = self.worker.submit(self.gather, *job).result
         else:
-            # cache: run it at the first call of ready(), and not again at later ones
-            gathered = cache(partial(self.gather, *job))
-        return row_ids, leaf, partial(self.finish, gathered, leaf)
+            # ready() is called once per micro-batch: gather at its first call only
+            wait_for_gather = functools.cache(partial(self.gather, *job))
+        return row_ids, leaf, partial(self.finish, wait_for_gather, leaf)
 
     def gather(self, table, row_ids, leaf, arrived):
         """Fill leaf. For a GPU, return the event behind the copy that fills it. arrived:
@@ -94,9 +97,9 @@ class Fetch:
             return self.copy_stream.record_event()
 
     @torch.compiler.disable
-    def finish(self, gathered, leaf):
+    def finish(self, wait_for_gather, leaf):
         """Wait for the worker and, on a GPU, queue what comes next behind the copy."""
-        event = gathered()
+        event = wait_for_gather()
         if event is not None:
             torch.cuda.current_stream(leaf.device).wait_event(event)
 
@@ -114,8 +117,8 @@ def take(table, row_ids, out):
 
 
 def place(model, device, where="resident", prefetch=True):
-    """Move a GPT to device. With where "host" its tables stay on the CPU, in memory or in
-    the file that they are mapped from."""
+    """Move a GPT to device. With where "host" or "disk" its tables stay on the CPU, in
+    memory or in the file that they are mapped from."""
     if where == "resident":
         model.to(device)
         return

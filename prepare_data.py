@@ -15,8 +15,6 @@ Text files are UTF-8. As in Python's text mode, a byte order mark is dropped and
 ends with one newline character. A line <|endoftext|> separates documents. In a .jsonl file
 each line is an object whose field "text" is one document.
 """
-from common import fail, make_parser, run_script
-
 import base64
 import hashlib
 import heapq
@@ -35,6 +33,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+
+from common import fail, make_parser, run_script
 
 # ends every document; its id is the last of the vocabulary
 EOT = "<|endoftext|>"

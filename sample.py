@@ -8,8 +8,6 @@ Write text with a checkpoint of train.py, and shade it by what the memory did.
 The idea: what the memory does can be seen token by token. Switch it off, and some tokens
 become harder to predict; or look how far its gate opened.
 """
-from common import fail, make_parser, new_figure, run_script, write_whole
-
 import codecs
 import os
 import sys
@@ -22,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common import fail, make_parser, new_figure, run_script, write_whole
 from flags import check_device
 from model import generate, load_checkpoint, token_losses
 from offload import check_rows, place

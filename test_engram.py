@@ -215,7 +215,7 @@ def test_hash_by_hand():
     module.primes, module.offsets = torch.tensor([[13, 17]]), torch.tensor([[0, 13]])
     assert module.hash(torch.tensor([[5, 7]]))[0, 1].tolist() == [8, 13]
     text = " ".join(Engram.hash.__doc__.split())
-    assert "7 * 3 ^ 5 * 11 = 21 ^ 55 = 34" in text and "reads rows 8 and 13" in text
+    assert "(7 * 3) ^ (5 * 11) = 21 ^ 55 = 34" in text and "reads rows 8 and 13" in text
 
 
 def test_canonical_ids():

@@ -5,12 +5,10 @@ Train a transformer with Engram, then its MoE-only twin of equal parameters and 
     python train.py --model engram --steps 2000 --rho 0.5 --out_dir out2
     python train.py --resume                 # the same command again, after a crash or Ctrl-C
 
-The idea: a share of the sparse parameters sits in experts or in a table. Everything else
-being equal (total and active parameters, data, steps), the gap between the two curves is
-the memory's, up to the noise of seeds. """
-from common import (commit, fail, free_memory, keep_freed_memory, machine_name, new_figure,
-                    peak_bytes, run_script, write_whole)
-
+The idea: the parameters that a token does not use sit in experts or in a table. All else
+is equal (total and active parameters, data, steps), so the gap between the two curves is
+what the memory is worth, up to the noise of seeds.
+"""
 import json
 import math
 import os
@@ -28,6 +26,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from common import (commit, fail, free_memory, keep_freed_memory, machine_name, new_figure,
+                    peak_bytes, run_script, write_whole)
 from engram import EngramConfig, RowAdam, canonical_ids, opt, table_parameters
 from flags import build, check_numbers, faster_dtype, parse
 from model import GPT, GPTConfig, load_checkpoint, token_losses
@@ -181,9 +181,9 @@ def start(path, shape, cfg, data):
     saved = None
     if path.exists():
         saved, model = load_checkpoint(path)
-        # more steps than before are allowed; the schedule is then the longer one's
-        longer = saved["run"] | {"steps": max(cfg.steps, saved["step"])}
-        differ = differences(longer, run)
+        # --steps may change, but not below those already trained; its schedule holds
+        allowed = saved["run"] | {"steps": max(cfg.steps, saved["step"])}
+        differ = differences(allowed, run)
         if differ:
             fail(f"{path} is of another run (there, here): {', '.join(differ)}")
     else:
@@ -279,13 +279,13 @@ def watch(model):
             vars(engram).pop("gate", None)
 
 
-def evaluate(model, tables, data, batch_size, autocast):
+def evaluate(model, tables, data, batch_size, precision):
     """Return the losses on the validation set, always the same tokens, and signs that the
     memory is alive, a number per memory layer: mean, spread and percentiles of the gate,
     |output| / |h|, share of the rows that training has visited. Draw no random numbers."""
     # one pass over the validation set gives the losses and what the hooks have seen
     with watch(model) as seen:
-        losses = token_losses(model, data.val_x, data.val_y, batch_size, autocast)
+        losses = token_losses(model, data.val_x, data.val_y, batch_size, precision)
     record = data.score(losses.double().numpy())
     for layer, moments in zip(seen, tables.state, strict=True):
         signs = {"out_over_h": np.mean(layer["added"]),
@@ -354,7 +354,7 @@ def write_log(path, state):
 # ---- the command -----------------------------------------------------------------------
 
 def read_flags(argv):
-    """Return Config and GPTConfig. A given flag beats the preset, and that the default."""
+    """Return Config and GPTConfig. A flag beats the preset, the preset the default."""
     owners = [(Config, "", "run"), (GPTConfig, "", "model"),
               (EngramConfig, "engram_", "memory")]
     values = parse(argv, __doc__, owners, GPU)
@@ -390,9 +390,9 @@ def checkpoints(cfg):
 def main(argv=None):
     keep_freed_memory()
     cfg, shape = read_flags(argv)
-    # try now what is needed later: one process, a compiler, pictures
+    # fail now, not at the first plot, if something is missing: a compiler, matplotlib
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        # every process ends, one says why
+        # all processes end, the first says why
         if os.environ.get("RANK", "0") != "0":
             raise SystemExit(2)
         fail("several processes are not supported: start python train.py, not torchrun")

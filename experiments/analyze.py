@@ -14,8 +14,6 @@ seeds, give 95 % intervals over the pairs.
 
 Letters: B sequences of T validation tokens.
 """
-from common import default_device, fail, make_parser, new_figure, run_script, write_whole
-
 import json
 import statistics
 from functools import partial
@@ -26,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from common import default_device, fail, make_parser, new_figure, run_script, write_whole
 from engram import Engram, EngramConfig, canonical_ids
 from model import load_checkpoint, token_losses
 from prepare_data import Data, Offline, load, token_bytes

@@ -13,8 +13,6 @@ An arm is one row of a table: a set of flags, trained with several seeds. Every 
 compared with the reference seed by seed, for runs of one seed see the same data in the same
 order.
 """
-from common import default_device, fail, machine_name, make_parser, run_script
-
 import hashlib
 import json
 import os
@@ -31,6 +29,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from common import default_device, fail, machine_name, make_parser, run_script
 from experiments.analyze import COMMITTED, STYLES, interval, points
 from experiments.analyze import draw_picture, write_results
 from prepare_data import Offline, load, prepare
