@@ -211,10 +211,13 @@ def token_bytes(tok):
 
 def encode_text(enc, text):
     """Return the ids of a text, in which each marker is the end-of-text id."""
-    first, *others = MARKER.split(text)
-    ids = enc.encode_ordinary(first)
-    for part in others:
-        ids += [enc.eot_token, *enc.encode_ordinary(part)]
+    ids = []
+    for n, part in enumerate(MARKER.split(text)):
+        if n > 0:
+            ids.append(enc.eot_token)
+        # in pieces: tiktoken cannot take a million blanks at once
+        for start in range(0, len(part), CHUNK):
+            ids += enc.encode_ordinary(part[start:start + CHUNK])
     return ids
 
 
@@ -314,7 +317,7 @@ def check_text(path):
         fail(f"{path} is empty: give more text")
     for magic, kind in MAGIC.items():
         if head.startswith(magic):
-            fail(f"{path} is {kind}: convert it to plain UTF-8 text first")
+            fail(f"{path} is {kind}: unpack or convert it to plain UTF-8 text")
     if b"\0" in head:
         fail(f"{path} holds NUL bytes (binary, or UTF-16): convert it to UTF-8 text first")
 
@@ -527,7 +530,8 @@ def write_bins(pieces, enc, paths):
                 counts[split].update(tokens=len(ids), documents=int(ends), bytes=len(raw))
     for count, path in zip(counts, paths):
         if not count["bytes"]:
-            fail(f"no text is left for {path.name}: give more text")
+            total = sum(count["bytes"] for count in counts)
+            fail(f"no text is left for {path.name}, of {total:,} bytes: give more text")
         count.update(size=os.path.getsize(path))
         count["sha256"] = sha256_of(path)
     return counts, corpus.hexdigest()

@@ -908,6 +908,8 @@ def test_prompts(trained, look, tmp_path):
     assert look("--prompt", "w1", "--max_new_tokens", 5).err.count("[") == 1
     assert sample.prompt_tokens(f"w1{EOT}w2", enc, 32).count(enc.eot_token) == 2
     assert look("--prompt", EOT).out == look().out
+    blanks = " " * 1_000_000                     # more than tiktoken takes at once
+    assert enc.decode(prepare_data.encode_text(enc, blanks)) == blanks
 
 
 def test_values_stand_beside_their_tokens(trained, look, monkeypatch, refused):

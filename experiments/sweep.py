@@ -370,6 +370,10 @@ def main(argv=None):
     add("--results", help="folder of NAME.json and NAME.png (default: runs/results)")
     args = parser.parse_args(argv)
     sweep = sweeps()[args.name]
+    for name in ("seeds", "steps"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            fail(f"--{name} {value}: must be 1 or more")
     sweep = sweep._replace(seeds=args.seeds or sweep.seeds, steps=args.steps or sweep.steps)
     folder = Path(args.results or (COMMITTED if args.plot else "runs/results"))
     path = folder / f"{args.name}.json"
