@@ -485,10 +485,9 @@ def main(argv=None):
     path, picture = out / "offload.json", out / "crossover.png"
     if args.plot:
         try:
-            cross = json.loads(path.read_text())["crossover"]
-        except (ValueError, KeyError) as error:
+            return draw(json.loads(path.read_text())["crossover"], picture)
+        except (ValueError, KeyError, TypeError) as error:
             fail(f"{path} is damaged ({type(error).__name__}: {error})")
-        return draw(cross, picture)
     if args.device == "cpu":
         keep_freed_memory()
         # a core for the worker

@@ -26,6 +26,8 @@ def run_script(main):
     # a script may be started without an output, and a terminal may not know every character
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
     sys.stdout.reconfigure(errors="replace")
     try:
         main()

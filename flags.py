@@ -86,6 +86,8 @@ def check_numbers(cfg, block_size):
     for name in ("lr", "table_lr", "grad_clip", "weight_decay", "balance_step", "seed"):
         if not 0 <= getattr(cfg, name) < math.inf:
             raise ValueError(f"{name} {getattr(cfg, name)}: must be 0 or more")
+    if cfg.seed >= 2 ** 63:
+        raise ValueError(f"seed {cfg.seed}: must be below 2 ** 63")
     for name in ("warmup_share", "min_lr_share"):
         if not 0 <= getattr(cfg, name) <= 1:
             raise ValueError(f"{name} {getattr(cfg, name)}: is a share, from 0 to 1")

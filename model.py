@@ -304,7 +304,9 @@ def generate(model, idx, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, g
             logits, ids = logits.topk(min(top_k, logits.size(-1)))
             probs = (logits / temperature).softmax(-1)
             # drop a token if those before it have top_p together; the first one stays
-            probs[probs.cumsum(-1) - probs >= top_p] = 0
+            drop = probs.cumsum(-1) - probs >= top_p
+            drop[:, 0] = False
+            probs[drop] = 0
             idx = ids.gather(-1, torch.multinomial(probs, 1, generator=generator))
         new, text = idx.item(), torch.cat([text, idx], dim=1)
         # a full context: start again with its last half

@@ -326,7 +326,7 @@ def read_blocks(path, chunk, errors):
     """Yield the text of a file in blocks; of a .jsonl file its documents with markers."""
     with open(path, encoding="utf-8-sig", errors=errors) as f:
         try:
-            if Path(path).suffix != ".jsonl":
+            if Path(path).suffix.lower() != ".jsonl":
                 while block := f.read(chunk):
                     yield block
                 return
@@ -545,6 +545,9 @@ def check(folder):
             size, expected = os.path.getsize(folder / f"{split}.bin"), meta[split]["size"]
             if size != expected:
                 raise ValueError(f"{split}.bin has {size} bytes, meta.json says {expected}")
+        # the fields without which nothing can be done
+        meta["train"]["sha256"], meta["val"]["sha256"], meta["tokenizer"]["sha256"]
+        meta["vocab_size"], meta["eot"], len(meta["args"]["files"])
         return meta
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} is not prepared, or is damaged ({error})") from None
@@ -610,10 +613,11 @@ def prepare(name=None, files=(), data_dir="data", max_mb=None, vocab_size=4096,
         return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        build(folder, args)
+        done = build(folder, args)
     except OSError as error:
         fail(f"{error.filename or data_dir}: {error.strerror or error}; what was prepared "
              "before is untouched")
+    print(f"{folder}: {done}")
     return folder
 
 
@@ -629,7 +633,7 @@ def corpus(args, downloads):
 
 
 def build(folder, args):
-    """Write the three files, then move them to folder, meta.json last."""
+    """Write the three files, then move them to folder, meta.json last. Return a line."""
     texts, downloads = [], folder.parent / "downloads"
     if args["tokenizer"] == "bpe":
         texts = sample(corpus(args, downloads))
@@ -647,7 +651,7 @@ def build(folder, args):
         (folder / "meta.json").unlink(missing_ok=True)
         for path in new:
             path.replace(folder / path.name)
-    print(f"{folder}: {train['tokens']:,} tokens, and {val['tokens']:,} for validation")
+    return f"{train['tokens']:,} tokens, and {val['tokens']:,} for validation"
 
 
 # ---- what train.py sees ----------------------------------------------------------------

@@ -29,8 +29,8 @@ def read_log(path):
         for record in records:
             record["step"], record["tokens"], record["val_loss"], record["val_bpb"]
     except (ValueError, KeyError, TypeError) as error:
-        fail(f"{path} is not a readable log ({type(error).__name__}: {error}); --resume of "
-             "its run writes it again")
+        fail(f"{path} is not a readable log ({type(error).__name__}: {error}); write it again "
+             f"with --resume --model {path.parent.name}")
     if not records:
         return None
     return header, records
@@ -117,7 +117,8 @@ def compare(out_dir):
     reached = crossing(engram, target)
     if reached is None:
         lines.append("Engram did not reach its twin's final loss")
-    else:
+    elif len(engram) > 1:
+        # of a single evaluation nothing can be said
         lines.append("Engram reached its twin's final loss after "
                      f"{reached / moe[-1]['tokens']:.0%} of the tokens")
     return lines

@@ -99,7 +99,7 @@ def nats_saved(model, ids, n_new):
         if len(on[part]):
             lines.append(f"{name}: {len(on[part])} tokens, {on[part].mean():.3f} nats per "
                          f"token with the memory, {off[part].mean():.3f} without: "
-                         f"{(off - on)[part].sum():+.2f} saved")
+                         f"{(off - on)[part].sum():+.2f} nats saved in all")
     lines.append("This overstates its value: the other weights were trained with the memory.")
     return off - on, lines
 
@@ -117,6 +117,9 @@ def gates(model, ids):
 def show(args, record, model, enc, ids, n_new):
     """Print the text again, shaded as --memory or --gates ask; draw it for --png. record: the
     last evaluation of the run. The last n_new tokens are not the prompt's."""
+    if len(ids) < 2:
+        print("[there is no text to shade]", file=sys.stderr)
+        return
     if len(ids) > model.cfg.block_size:
         ids = ids[-model.cfg.block_size:]
         print(f"[the text is longer than the context: only its last {len(ids) - 1:,} tokens "

@@ -495,6 +495,8 @@ def test_train_both(corpus, tmp_path, capsys, monkeypatch):
     assert ["against the first" in line for line in lines] == [False] * 3 + [True] * 3
     table = "\n".join(runs.compare(tmp_path))
     assert table in printed and "Engram minus its twin" in table
+    # a log that was cut short is written again
+    (tmp_path / "moe" / "log.jsonl").write_text("{")
     run(train, *corpus, *TINY, "--out_dir", tmp_path, "--resume")
     assert table in capsys.readouterr().out
 
@@ -516,7 +518,8 @@ def test_killed_run_resumes_exactly(corpus, tmp_path):
     "--engram_gate off --engram_conv_kernel 0", "--engram_orders 1",
     "--engram_stop_at_eot --no-engram_bias --engram_gate plain",
     "--no-engram_compress --engram_blocks 0 1 --n_expert 6", "--model dense",
-    "--model dense --n_layer 1", "--engram_rows 1 --engram_seed 9"])
+    "--model dense --n_layer 1", "--model moe --n_expert 2",
+    "--engram_rows 1 --engram_seed 9"])
 def test_variants_train(corpus, tmp_path, capsys, flags):
     """A parameter without a gradient, a twin that cannot be paid, false twins."""
     run(train, *corpus, *TINY, "--steps", 4, "--rho", 0.3, "--out_dir", tmp_path,
@@ -602,7 +605,8 @@ def test_checkpoints_that_do_not_fit_are_refused(corpus, tmp_path, refused, monk
     (train, "--top_k 9", "n_expert"), (train, "--n_expert 0", "need experts"),
     (train, "--device mps", "--device cpu"), (train, "--dataset no", "not prepared"),
     (train, "--block_size 50000 --tokens_per_step 100000", "block_size"),
-    (train, "--steps 0", "steps 0"), (train, "--engram_rows 9999999999", "GB"),
+    (train, f"--seed {2 ** 63}", "2 ** 63"), (train, "--steps 0", "steps 0"),
+    (train, "--engram_rows 9999999999", "GB"),
     (sample, "--model dense", "engram, moe"), (sample, "--model moe --memory", "has none"),
     (sample, "--png a.png", "needs"), (sample, "--max_new_tokens 0", "nothing to do"),
     (sample, "--temperature nan", "nan"), (sample, f"--seed {2 ** 63}", "2 ** 63"),
@@ -853,10 +857,10 @@ def test_top_p_keeps_the_nucleus():
         cfg = GPTConfig(block_size=5000, engram=None)
 
         def forward(self, idx, reads, cache):
-            return probabilities.log()[None, None], None, None
+            return probabilities.log()[None, None], None
 
     idx = torch.zeros(1, 1, dtype=torch.long)
-    for top_p, kept in ((0.4, 1), (0.6, 2), (0.81, 3), (1.0, 4)):
+    for top_p, kept in ((1e-300, 1), (0.4, 1), (0.6, 2), (0.81, 3), (1.0, 4)):
         tokens = list(generate(Fixed(), idx, 400, 1.0, top_p=top_p, memory=False))
         assert set(tokens) == set(range(kept))
 
@@ -912,6 +916,8 @@ def test_prompts(trained, look, tmp_path):
     assert look("--prompt", "w1", "--max_new_tokens", 5).err.count("[") == 1
     assert sample.prompt_tokens(f"w1{EOT}w2", enc, 32).count(enc.eot_token) == 2
     assert look("--prompt", EOT).out == look().out
+    nothing = look("--prompt", EOT, "--memory", "--max_new_tokens", 0)
+    assert nothing.out == "" and "no text" in nothing.err
     blanks = " " * 1_000_000                     # more than tiktoken takes at once
     assert enc.decode(prepare_data.encode_text(enc, blanks)) == blanks
 
@@ -1195,8 +1201,10 @@ def test_what_is_not_whole_does_not_load(prepared, monkeypatch, refused):
     """A truncated file (SIGBUS), half a file that looks whole, the old data gone early."""
     _, folder, argv = prepared
     before, right = prepare_data.check(folder), prepare_data.write_bins
+    cut = json.dumps({key: before[key] for key in before if key != "args"}).encode()
     for file, content in (("train.bin", b"\0\0"), ("val.bin", bytes(9 ** 6)),
-                          ("meta.json", b"[]"), ("meta.json", b'{"name": ')):
+                          ("meta.json", b"[]"), ("meta.json", cut),
+                          ("meta.json", b'{"name": ')):
         (folder / file).write_bytes(content)
         refused("damaged", prepare_data.load, "mine", folder.parent)
         run(prepare_data, *argv)             # the remedy that it names works

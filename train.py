@@ -33,7 +33,7 @@ from flags import build, check_numbers, faster_dtype, parse
 from model import GPT, GPTConfig, load_checkpoint, token_losses
 from offload import check_rows, place
 from prepare_data import Data, Offline
-from runs import HARMLESS, compare, differences, flat, plot, read_logs
+from runs import HARMLESS, compare, differences, flat, plot
 from twins import shapes_of
 
 run_opt = partial(opt, group="run")
@@ -90,11 +90,12 @@ GPU = dict(n_layer=8, n_head=8, n_embd=512, block_size=512, n_expert=32, expert_
 
 # ---- the loop --------------------------------------------------------------------------
 
-def train(name, shape, cfg, data, bar, other):
-    """Train one model. Write out_dir/name/log.jsonl (a header line, then one line per
-    evaluation) and out_dir/name/ckpt.pt; both are replaced atomically.
+def train(name, shape, cfg, data, bar, first_losses):
+    """Train one model and return its evaluations. Write out_dir/name/log.jsonl (a header
+    line, then one line per evaluation) and out_dir/name/ckpt.pt, each atomically.
 
-    bar: the progress bar. other: {step: validation loss} of the model trained before."""
+    bar: the progress bar. first_losses: {step: validation loss} of the first twin, empty
+    for the first itself."""
     path, device = Path(cfg.out_dir) / name / "ckpt.pt", torch.device(cfg.device)
     model, backbone, tables, state = start(path, shape, cfg, data)
     # compiled or not, it is the same model; evaluation uses it uncompiled
@@ -122,7 +123,7 @@ def train(name, shape, cfg, data, bar, other):
             check_finite(record["val_loss"], step, path)
             state["records"].append(record)
             save(path, model, backbone, tables, state)
-            bar.write(evaluation_line(name, record, cfg.steps, other))
+            bar.write(evaluation_line(name, record, cfg.steps, first_losses))
             plot(cfg.out_dir)
             began, losses, loads = time.perf_counter(), [], []
         if step == cfg.steps:
@@ -160,6 +161,7 @@ def train(name, shape, cfg, data, bar, other):
         loads.append(load / max(1, len(moes)))
         bar.set_postfix_str(f"{name}, loss {loss:.3f}", refresh=False)
         bar.update()
+    return state["records"]
 
 
 def start(path, shape, cfg, data):
@@ -200,6 +202,7 @@ def start(path, shape, cfg, data):
              "hash_probe": model.hash_probe()}
     # and the state of training: new, or as it was saved
     if saved:
+        tqdm.write(f"{path.parent.name:6s} continues after step {saved['step']:,}")
         backbone.load_state_dict(saved["backbone"])
         for moments, old in zip(tables.state, saved["tables"], strict=True):
             for key in moments:
@@ -311,13 +314,13 @@ def progress(state, cfg, lr, losses, loads, spent):
             "peak_bytes": peak_bytes(cfg.device)}
 
 
-def evaluation_line(name, record, steps, other):
-    """Return what is printed. other: {step: loss} of the model trained before."""
+def evaluation_line(name, record, steps, first_losses):
+    """Return what is printed. first_losses: {step: loss} of the first twin."""
     line = (f"{name:6s} step {record['step']:,} of {steps:,}, "
             f"{record['tokens'] / 1e6:.2f}M tokens: train loss {record['train_loss']:.4f}, "
             f"validation {record['val_loss']:.4f}, {record['tokens_per_s']:,.0f} tokens/s")
-    if record["step"] in other:
-        line += f", {record['val_loss'] - other[record['step']]:+.4f} against the first"
+    if record["step"] in first_losses:
+        line += f", {record['val_loss'] - first_losses[record['step']]:+.4f} against the first"
     return line
 
 
@@ -391,7 +394,7 @@ def main(argv=None):
     keep_freed_memory()
     cfg, shape = read_flags(argv)
     # fail now, not at the first plot, if something is missing: a compiler, matplotlib
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         # all processes end, the first says why
         if os.environ.get("RANK", "0") != "0":
             raise SystemExit(2)
@@ -415,19 +418,16 @@ def main(argv=None):
     if data.passes > 2:
         lines.append("        tables overfit beyond about two: watch the validation loss")
     print(*lines, f"run     {cfg.dtype} on {machine_name(cfg.device)}", sep="\n", flush=True)
-    first = next(iter(paths))
     # train one model after the other
     try:
         # disable=None: no bar where stderr is no terminal
         total = cfg.steps * len(paths)
         with tqdm(total=total, unit="step", leave=False, disable=None) as bar:
+            first_losses = {}
             for name in paths:
-                other = {}
-                if name != first:
-                    # the losses of the first, to print the gap beside the second's
-                    records = read_logs(cfg.out_dir)[first][1]
-                    other = {record["step"]: record["val_loss"] for record in records}
-                train(name, shapes[name], cfg, data, bar, other)
+                records = train(name, shapes[name], cfg, data, bar, first_losses)
+                # to print the gap beside the losses of the second
+                first_losses = {record["step"]: record["val_loss"] for record in records}
     except KeyboardInterrupt:
         # how to go on, as a command to copy
         message = f"before the first checkpoint (step {cfg.eval_every}); start again"

@@ -82,7 +82,7 @@ def dense_twin(moe):
 
 def shapes_of(model, shape, rho):
     """Return {model: GPTConfig} for train.py's --model, and lines that explain them."""
-    has_place = shape.engram.blocks[-1] < shape.n_layer and shape.n_expert
+    has_place = shape.engram.blocks[-1] < shape.n_layer and shape.n_expert > shape.top_k
     if model in ("moe", "dense") and not has_place:
         # a shape that has no place for a memory needs no twin
         shapes, lines = {"moe": replace(shape, engram=None)}, []

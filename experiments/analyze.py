@@ -444,6 +444,17 @@ def write_results(path, found):
     write_whole(path, lambda file: file.write(json.dumps(found).encode()))
 
 
+def read_results(path):
+    """Return the content of NAME.json."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        fail(f"{path} is damaged ({error}): run without --plot")
+    if not isinstance(found, dict):
+        fail(f"{path} is damaged (it holds no dict): run without --plot")
+    return found
+
+
 def draw_picture(path, draw, note=""):
     """Draw NAME.png beside NAME.json, with a note below."""
     figure = new_figure(figsize=(7.5, 4.5))
@@ -484,7 +495,7 @@ def main(argv=None):
         pairs = load_pairs(args.out_dir, twin)
         headers = [pair.saved["header"] for pair in pairs]
         write_results(path, {"headers": headers, **find(pairs)})
-    found = json.loads(path.read_text())
+    found = read_results(path)
     print(*say(found), f"numbers: {path}", sep="\n")
     draw_picture(path, partial(draw, found=found))
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from common import default_device, fail, machine_name, make_parser, run_script
 from experiments.analyze import COMMITTED, STYLES, interval, points
-from experiments.analyze import draw_picture, write_results
+from experiments.analyze import draw_picture, read_results, write_results
 from prepare_data import Offline, load, prepare
 from runs import crossing, read_log
 
@@ -347,8 +347,10 @@ def draw_differences(axes, sweep, runs):
 def finished_runs(path, sweep):
     """Return {arm: {seed: run}} of NAME.json, in the order of the sweep's arms."""
     runs = {arm: {} for arm in sweep.arms}
-    for run in sorted(json.loads(path.read_text())["runs"], key=lambda run: run["seed"]):
-        runs[run["arm"]][run["seed"]] = run
+    for run in sorted(read_results(path).get("runs", []), key=lambda run: run["seed"]):
+        # an arm that is no more is left out
+        if run["arm"] in runs:
+            runs[run["arm"]][run["seed"]] = run
     runs = {arm: seeds for arm, seeds in runs.items() if seeds}
     if sweep.reference not in runs or len(runs) < 2:
         fail(f"{path} has no finished pair of {sweep.reference} and another arm: it has "

@@ -174,6 +174,14 @@ def test_a_sweep_continues_where_it_was(commands, monkeypatch, capsys):
     argv = "controls --plot --results runs/results --reference moe".split()
     sweep.main(argv)
     assert re.search(r"MoE-only twin .* \| reference \|", capsys.readouterr().out)
+    # a run of an arm that is no more, and half a file
+    gone = json.dumps({"runs": [*runs, {**runs[0], "arm": "gone"}]})
+    for text, word in ((gone, ""), (gone[:99], "damaged"), ("[]", "damaged")):
+        path.write_text(text)
+        if word:
+            assert word in refused(capsys, sweep.main, *argv)
+        else:
+            sweep.main(argv)
 
 
 # ---- analyses ------------------------------------------------------------------------
