@@ -28,13 +28,13 @@ from tqdm import tqdm
 
 from common import (commit, fail, free_memory, keep_freed_memory, machine_name, new_figure,
                     peak_bytes, run_script, write_whole)
-from engram import EngramConfig, RowAdam, canonical_ids, opt, table_parameters
+from engram import EngramConfig, RowAdam, canonical_ids, opt
 from flags import build, check_numbers, faster_dtype, parse
 from model import GPT, GPTConfig, load_checkpoint, token_losses
 from offload import check_rows, place
 from prepare_data import Data, Offline
 from runs import HARMLESS, compare, differences, flat, plot
-from twins import shapes_of
+from twins import count, shapes_of
 
 run_opt = partial(opt, group="run")
 data_opt = partial(opt, group="data")
@@ -173,12 +173,11 @@ def start(path, shape, cfg, data):
     run |= flat(asdict(shape))
     run["tokenizer"] = data.meta["tokenizer"]["sha256"]
     run |= {f"{split} data": data.meta[split]["sha256"] for split in ("train", "val")}
-    if shape.engram:
-        # the table, and beside it two moments of its size
-        need, free = 3 * 4 * table_parameters(shape.engram), free_memory()
-        if 0 < free < need:
-            fail(f"the table and its moments take {need / 1e9:,.1f} GB, {free / 1e9:.1f} GB "
-                 "are free: ask for fewer --engram_rows, or fewer --n_expert")
+    # weights, gradients and two moments, of at most so many numbers each
+    need, free = 4 * 4 * count(shape)["parameters"], free_memory()
+    if 0 < free < need:
+        fail(f"training this model takes up to {need / 1e9:,.1f} GB, {free / 1e9:.1f} GB are "
+             "free: ask for fewer --engram_rows, fewer --n_expert, or a smaller --n_embd")
     # the model: new, or as it was saved
     saved = None
     if path.exists():
@@ -413,8 +412,9 @@ def main(argv=None):
     except (Offline, ValueError) as error:
         fail(error)
     # say what is about to happen
-    lines.append(f"data    {data.name}: {cfg.steps:,} steps x {cfg.tokens_per_step:,} tokens "
-                 f"are {data.passes:.2f} passes over {len(data.train):,} tokens")
+    lines += [f"data    {data.name}: {cfg.steps:,} steps x {cfg.tokens_per_step:,} tokens are "
+              f"{data.passes:.2f} passes over {len(data.train):,} tokens;",
+              f"        validated on {data.val_y.size:,} others"]
     if data.passes > 2:
         lines.append("        tables overfit beyond about two: watch the validation loss")
     print(*lines, f"run     {cfg.dtype} on {machine_name(cfg.device)}", sep="\n", flush=True)

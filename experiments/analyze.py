@@ -496,7 +496,11 @@ def main(argv=None):
         headers = [pair.saved["header"] for pair in pairs]
         write_results(path, {"headers": headers, **find(pairs)})
     found = read_results(path)
-    print(*say(found), f"numbers: {path}", sep="\n")
+    try:
+        lines = say(found)
+    except (KeyError, TypeError, IndexError) as error:
+        fail(f"{path} is damaged ({type(error).__name__}: {error}): run without --plot")
+    print(*lines, f"numbers: {path}", sep="\n")
     draw_picture(path, partial(draw, found=found))
 
 
