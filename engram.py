@@ -53,6 +53,7 @@ class EngramConfig:
                       "many as the dropped experts pay for, see --rho")
     width: int = opt(16, "numbers in one row")
     conv_kernel: int = opt(4, "taps of the short convolution; 0 leaves it out")
+    conv_dilation: int = opt(0, "positions between its taps; 0: the largest order (paper)")
     gate: str = opt("sqrt", "sqrt (official demo), plain (paper, eq. 4) or off (all "
                     "that is read is believed)", ("sqrt", "plain", "off"))
     compress: bool = opt(True, "hash canonical ids, one for 'The' and ' the', not token ids")
@@ -78,7 +79,9 @@ class EngramConfig:
                              f"{len(self.orders)} here, or one for all")
         if self.gate not in ("sqrt", "plain", "off"):
             raise ValueError(f"engram gate {self.gate!r}: must be sqrt, plain or off")
-        for name, least in (("heads", 1), ("width", 1), ("conv_kernel", 0), ("seed", 0)):
+        self.conv_dilation = self.conv_dilation or self.orders[-1]
+        for name, least in (("heads", 1), ("width", 1), ("conv_kernel", 0),
+                            ("conv_dilation", 1), ("seed", 0)):
             value = getattr(self, name)
             if value < least:
                 raise ValueError(f"engram {name} {value}: must be {least} or more")
@@ -142,24 +145,20 @@ class Engram(nn.Module):
             self.norm_key = nn.RMSNorm(n_embd)
             self.norm_query = nn.RMSNorm(n_embd)
         if cfg.conv_kernel:
-            # eps as in the demo
-            self.norm_conv = nn.RMSNorm(n_embd, eps=1e-5)
-            self.conv = nn.Parameter(torch.empty(cfg.conv_kernel, n_embd))
+            self.conv = ShortConv(n_embd, cfg.conv_kernel, cfg.conv_dilation)
         self.reset()
 
     @torch.no_grad()
     def reset(self):
         """Initialise so that the memory contributes little at first (about a tenth of h)
         but receives gradients from the first step. If table and value projection were
-        both zero, neither would ever get one. The convolution starts at zero (paper)."""
+        both zero, neither would ever get one."""
         self.table.normal_(std=0.02)
         for module in self.children():
             if isinstance(module, nn.Linear):
                 module.weight.normal_(std=0.02)
                 if module.bias is not None:
                     module.bias.zero_()
-        if self.cfg.conv_kernel:
-            self.conv.zero_()
 
     def forward(self, h, read, cache=None):
         """Return what to add to the stream h [B, T, D], given a Read (eq. 3 to 5)."""
@@ -167,7 +166,7 @@ class Engram(nn.Module):
         v = self.gate(h, e) * self.value(e)                               # [B, T, D]
         if not self.cfg.conv_kernel:
             return v
-        return v + F.silu(self.short_conv(self.norm_conv(v), cache))
+        return v + self.conv(v, cache)
 
     def gate(self, h, e):
         """Return alpha [B, T, 1] from 0 to 1: does what was read fit here? (eq. 4)"""
@@ -180,25 +179,6 @@ class Engram(nn.Module):
             # not in the paper, but in the demo and in DeepSeek-V4.1
             score = score.sign() * score.abs().clamp_min(1e-6).sqrt()
         return torch.sigmoid(score)
-
-    def short_conv(self, x, cache=None):
-        """Convolve x [B, T, D] over time, each channel by itself, looking back only.
-
-        Taps are N positions apart (paper), so that the n-grams they see do not overlap. A
-        sum of shifted products is faster on a CPU than a grouped nn.Conv1d. cache: a dict
-        that carries the last (kernel - 1) * N inputs to the next chunk of a text."""
-        T = x.size(1)
-        kernel, dilation = self.cfg.conv_kernel, self.cfg.orders[-1]
-        reach = (kernel - 1) * dilation
-        # put what came before in front of x: zeros where the text begins
-        if cache is not None and "tail" in cache:
-            x = torch.cat([cache["tail"].to(x), x], dim=1)
-        else:
-            x = F.pad(x, (0, 0, reach, 0))
-        if cache is not None:
-            cache["tail"] = x[:, x.size(1) - reach:]
-        # the last tap sees the token itself, the one before it sees N positions back, ...
-        return sum(self.conv[j] * x[:, j * dilation:j * dilation + T] for j in range(kernel))
 
     # ---- which rows, and their values
 
@@ -253,6 +233,39 @@ class Engram(nn.Module):
             unique, leaf, ready = self.fetch.start(self.table, unique)
         leaf.requires_grad_(torch.is_grad_enabled())
         return Read(unique, leaf, inverse, ready)
+
+
+class ShortConv(nn.Module):
+    """SiLU(conv(RMSNorm(x))) for x [B, T, D]: each channel is convolved by itself over
+    time, looking back only.
+
+    Taps are N positions apart (paper), so that the n-grams they see do not overlap. A sum
+    of shifted products is faster on a CPU than a grouped nn.Conv1d."""
+
+    def __init__(self, n_embd, kernel, dilation):
+        super().__init__()
+        self.dilation = dilation
+        # eps as in the demo
+        self.norm = nn.RMSNorm(n_embd, eps=1e-5)
+        # it starts at zero (paper)
+        self.taps = nn.Parameter(torch.zeros(kernel, n_embd))
+
+    def forward(self, x, cache=None):
+        """cache: a dict that carries the last (kernel - 1) * dilation inputs to the next
+        chunk of a text."""
+        T, kernel = x.size(1), len(self.taps)
+        reach = (kernel - 1) * self.dilation
+        x = self.norm(x)
+        # put what came before in front of x: zeros where the text begins
+        if cache is not None and "tail" in cache:
+            x = torch.cat([cache["tail"].to(x), x], dim=1)
+        else:
+            x = F.pad(x, (0, 0, reach, 0))
+        if cache is not None:
+            cache["tail"] = x[:, x.size(1) - reach:]
+        # the last tap sees the token itself, the one before it a token further back, ...
+        shifted = [x[:, j * self.dilation:j * self.dilation + T] for j in range(kernel)]
+        return F.silu(sum(tap * past for tap, past in zip(self.taps, shifted, strict=True)))
 
 
 def lookup(read):

@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import fail
-from engram import Engram, EngramConfig, opt
+from engram import Engram, EngramConfig, ShortConv, opt
 from moe import MoE
 
 
@@ -33,13 +33,17 @@ class GPTConfig:
     top_k: int = opt(2, "routed experts per token")
     expert_hidden: int = opt(128, "hidden units of a routed expert")
     shared_hidden: int = opt(128, "hidden units of the shared expert")
+    conv_in: int = opt(-1, "a control: this block gets a short convolution of its input, as "
+                       "Engram's but without a memory; -1: none")
+    conv_dilation: int = opt(3, "positions between the taps of that convolution")
+    untied: bool = opt(False, "a control: an input embedding of its own, not the head's")
     engram: EngramConfig | None = field(default_factory=EngramConfig)
 
     def __post_init__(self):
         if isinstance(self.engram, dict):                 # from a checkpoint
             self.engram = EngramConfig(**self.engram)
         for name, value in vars(self).items():
-            least = 0 if name == "n_expert" else 1
+            least = {"n_expert": 0, "conv_in": -1, "untied": 0}.get(name, 1)
             if name != "engram" and value < least:
                 raise ValueError(f"{name} {value}: must be {least} or more")
         if self.n_embd % (2 * self.n_head):
@@ -146,6 +150,8 @@ class GPT(nn.Module):
         n_canonical, pad = int(canonical.max()) + 1, int(canonical[-1])
         self.register_buffer("canonical", torch.as_tensor(canonical))
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)             # also the head
+        self.conv = ShortConv(cfg.n_embd, 4, cfg.conv_dilation) if cfg.conv_in >= 0 else None
+        self.embed_in = nn.Embedding(cfg.vocab_size, cfg.n_embd) if cfg.untied else None
         self.blocks = nn.ModuleList()
         for i in range(cfg.n_layer):
             engram = None
@@ -167,13 +173,13 @@ class GPT(nn.Module):
         Raise ValueError for a parameter that is left out."""
         for name, p in self.named_parameters():
             kind = name.split(".", 2)[-1]                         # blocks.3.attn.out.weight
-            if ".engram." in name or "norm" in name:
-                # Engram.reset has done it; RMSNorm starts with ones
+            if ".engram." in name or "norm" in name or name == "conv.taps":
+                # Engram.reset has done it; RMSNorm starts with ones, taps with zeros
                 pass
             elif kind in ("attn.out.weight", "moe.w_out", "moe.shared.w_out.weight"):
                 p.normal_(std=0.02 / math.sqrt(2 * self.cfg.n_layer))
             elif kind in ("attn.qkv.weight", "moe.router.weight", "moe.w_in",
-                          "moe.shared.w_in.weight") or name == "embed.weight":
+                          "moe.shared.w_in.weight") or "embed" in name:
                 p.normal_(std=0.02)
             else:
                 raise ValueError(f"nobody initialises parameter {name}")
@@ -220,12 +226,14 @@ class GPT(nn.Module):
         # hand the reads to the blocks that have a memory, in order
         assert len(reads) in (0, len(self.engrams())), f"{len(reads)} reads"
         reads = iter(reads)
-        x = self.embed(idx)
+        x = (self.embed_in or self.embed)(idx)
         for i, block in enumerate(self.blocks):
             read = None
             if block.engram is not None:
                 read = next(reads, None)
             block_cache = cache.blocks[i] if cache is not None else None
+            if i == self.cfg.conv_in:                         # a control, no memory
+                x = x + self.conv(x, block_cache)
             x = block(x, rope, read, block_cache)
         # the head shares its weights with the embedding
         logits = F.linear(self.norm(x), self.embed.weight)
@@ -238,7 +246,8 @@ class GPT(nn.Module):
 
     def parameters_by_kind(self):
         """Return {kind: how many numbers}, each counted once."""
-        kinds = {".engram.": "engram projections", "embed.": "embedding", "norm": "norms",
+        kinds = {".engram.": "engram projections", "embed.": "embedding",
+                 "embed_in.": "input embedding", "norm": "norms", "conv.": "convolution",
                  ".attn.": "attention", ".router.": "router", ".shared.": "shared experts",
                  ".w_": "routed experts"}
         count = dict.fromkeys(kinds.values(), 0)
@@ -262,9 +271,12 @@ class GPT(nn.Module):
         idle = 0
         if cfg.n_expert:
             idle = round(count["routed experts"] * (1 - cfg.top_k / cfg.n_expert))
+        if cfg.untied:
+            idle += (cfg.vocab_size - 1) * cfg.n_embd
         active = total - idle - count["engram tables"] + values_read
         # a weight that is multiplied costs 2 FLOPs; norms and table rows are not multiplied
         weights = active - values_read - count["norms"] + count["embedding"]
+        weights -= cfg.untied * cfg.n_embd
         attention = 2 * 2 * cfg.n_layer * cfg.block_size * cfg.n_embd
         return {"parameters": sum(count.values()), "P_tot": total, "P_act": active,
                 "P_sparse": total - active, "table_parameters": count["engram tables"],

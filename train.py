@@ -77,6 +77,10 @@ class Config:
     weight_decay: float = optim_opt(0.1, "of matrices; tables, norms and biases have none")
     grad_clip: float = optim_opt(1.0, "bound on the gradient's norm, table rows included")
     balance_step: float = optim_opt(0.01, "step of the bias that balances the experts")
+    balance_end: float = optim_opt(1.0, "share of it at the end, linear in lr")
+    optimizer: str = optim_opt("adamw", "of the matrices: adamw or muon", ("adamw", "muon"))
+    embed_lr: float = optim_opt(1.0, "rate of an untied input embedding over lr")
+    table_eps: float = optim_opt(1e-8, "Adam's eps of the tables")
     rho: float = opt(0.75, "share of the sparse parameters that stays with experts",
                      group="memory")
 
@@ -105,6 +109,10 @@ def train(name, shape, cfg, data, bar, first_losses):
     n_sequences = cfg.tokens_per_step // shape.block_size
     parts = [slice(i, i + cfg.batch_size) for i in range(0, n_sequences, cfg.batch_size)]
     first_step, lr = state["step"], 0.0
+    muon = None
+    if cfg.optimizer == "muon":
+        from muon import Muon
+        muon = Muon(model, cfg.weight_decay)
     bar.update(first_step)
     # since the last evaluation: when it ended, loss and load of each step
     began, losses, loads = time.perf_counter(), [], []
@@ -151,12 +159,15 @@ def train(name, shape, cfg, data, bar, first_losses):
         torch.nn.utils.clip_grad_norm_([*model.parameters(), *leaves], cfg.grad_clip)
         lr = learning_rate(step, cfg)
         for group in backbone.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("scale", 1.0)
         backbone.step()
         backbone.zero_grad()
+        if muon:
+            muon.step(lr)
         tables.step(reads, lr * cfg.table_lr)
         # balance the experts, and note how uneven their load was
-        load = sum(moe.move_bias(cfg.balance_step) for moe in moes)
+        balance_step = cfg.balance_step * (cfg.balance_end + (1 - cfg.balance_end) * lr / cfg.lr)
+        load = sum(moe.move_bias(balance_step) for moe in moes)
         losses.append(loss)
         loads.append(load / max(1, len(moes)))
         bar.set_postfix_str(f"{name}, loss {loss:.3f}", refresh=False)
@@ -223,11 +234,19 @@ def optimisers(model, cfg):
     matrices = dict(params=[], weight_decay=cfg.weight_decay)
     # norms, biases and the taps of the convolution
     others = dict(params=[], weight_decay=0.0)
+    embed = dict(params=[], weight_decay=cfg.weight_decay if cfg.embed_lr == 1 else 0.0,
+                 scale=cfg.embed_lr)
+    from muon import is_muon
     for name, p in model.named_parameters():
-        group = others if p.ndim < 2 or name.endswith(".conv") else matrices
+        group = others if p.ndim < 2 or name.endswith(".taps") else matrices
+        if cfg.optimizer == "muon" and is_muon(name, p):
+            continue
+        if "embed_in" in name:
+            group = embed
         group["params"].append(p)
-    adamw = torch.optim.AdamW([matrices, others], lr=cfg.lr, betas=(0.9, 0.95), fused=True)
-    return adamw, RowAdam([engram.table for engram in model.engrams()])
+    groups = [group for group in (matrices, others, embed) if group["params"]]
+    adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
+    return adamw, RowAdam([engram.table for engram in model.engrams()], eps=cfg.table_eps)
 
 
 def learning_rate(step, cfg):
