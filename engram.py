@@ -286,7 +286,7 @@ class RowAdam:
     visits. torch.optim.SparseAdam has one for all rows, so a row that is first read late
     takes a first step 2.2 times too small (beta2 0.95). In text most rows are."""
 
-    def __init__(self, tables, betas=(0.9, 0.95), eps=1e-8):
+    def __init__(self, tables, betas=(0.9, 0.95), eps=1e-15):
         """tables: list of [R, d] tensors, changed in place. Moments are made beside them."""
         self.tables, self.betas, self.eps = tables, betas, eps
         self.state = []

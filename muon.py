@@ -1,65 +1,63 @@
 """
-Muon (Jordan et al., 2024) for the matrices of the backbone, batched by shape.
+Muon: an optimiser for matrices, as in the paper's backbone. A step moves a matrix by its
+momentum made orthogonal, so that no direction is left behind.
+
+    python train.py --optimizer muon
+
+The idea: matrices of one shape, of all layers and experts, are made orthogonal together,
+in one batch. Matrices that only share a parameter (queries, keys and values; the gate and
+up projections; experts) are taken apart first. Source: Jordan et al., 2024
+(kellerjordan.github.io/posts/muon); factor and decay: Liu et al., arXiv 2502.16982.
 """
+from collections import defaultdict
+
 import torch
 
-NAMES = ("qkv.weight", "out.weight", "w_in", "w_out", "w_in.weight", "w_out.weight",
-         "key.weight", "value.weight")
 
+class Muon(torch.optim.Optimizer):
 
-def is_muon(name, p):
-    return name.startswith("blocks.") and name.endswith(NAMES)
-
-
-def newton_schulz(g):
-    """Return the nearest orthogonal matrices of g [n, a, b], roughly, a <= b."""
-    x = g.bfloat16() if BF16 else g
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(STEPS):
-        a = x @ x.mT
-        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, b, x, beta=3.4445)
-    return x.float()
-
-
-BF16, STEPS = True, 5
-
-
-def split(name, p):
-    """View p as a batch of matrices [n, a, b]."""
-    if name.endswith("qkv.weight"):
-        return p.view(3, -1, p.size(-1))
-    if name.endswith("w_in.weight"):
-        return p.view(2, -1, p.size(-1))
-    if name.endswith("w_in"):
-        E, D, h2 = p.shape
-        return p.view(E, D, 2, h2 // 2).transpose(1, 2)       # [E, 2, D, h]
-    return p if p.ndim == 3 else p[None]
-
-
-class Muon:
-    def __init__(self, model, weight_decay):
-        self.decay, self.params = weight_decay, []
-        for name, p in model.named_parameters():
-            if is_muon(name, p):
-                self.params.append((name, p, torch.zeros_like(p)))
+    def __init__(self, groups, weight_decay, dtype):
+        """groups: dicts of "params", each [a, b] (out, in) or [E, a, b] (in, out), and of
+        how many "parts" their outputs consist. dtype: of the matmuls."""
+        super().__init__(groups, dict(lr=0.0, weight_decay=weight_decay))
+        self.dtype = dtype
 
     @torch.no_grad()
-    def step(self, lr):
-        groups = {}
-        for name, p, buf in self.params:
-            buf.lerp_(p.grad, 0.05)
-            update = p.grad.lerp(buf, 0.95)
-            p.grad = None
-            view = split(name, p)
-            g = split(name, update).reshape(-1, *view.shape[-2:])
-            flip = g.size(1) > g.size(2)
-            g = g.mT if flip else g
-            groups.setdefault(tuple(g.shape[1:]), []).append((p, view, g, flip))
-        for (a, b), items in groups.items():
-            u = newton_schulz(torch.cat([g for _, _, g, _ in items]))
-            scale = 0.2 * max(a, b) ** 0.5
-            for (p, view, g, flip), part in zip(items, u.split([len(i[2]) for i in items])):
-                part = part.mT if flip else part
-                p.mul_(1 - lr * self.decay)
-                view.sub_(part.reshape(view.shape), alpha=lr * scale)
+    def step(self):
+        batches = defaultdict(list)
+        for group in self.param_groups:
+            for p in group["params"]:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 0.05)
+                # Nesterov's momentum looks one step ahead
+                update = matrices(p.grad.lerp(momentum, 0.95), group["parts"])
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                batches[update.shape[-2:]].append((matrices(p, group["parts"]), update,
+                                                   group["lr"]))
+        for (a, b), batch in batches.items():
+            updates = [update.reshape(-1, a, b) for _, update, _ in batch]
+            sizes = [len(update) for update in updates]
+            steps = orthogonal(torch.cat(updates).to(self.dtype)).to(updates[0]).split(sizes)
+            for (p, _, lr), step in zip(batch, steps, strict=True):
+                # numbers of the size of Adam's: rate and decay are the same
+                p.sub_(step.view(p.shape), alpha=0.2 * max(a, b) ** 0.5 * lr)
+
+
+def matrices(x, parts):
+    """Return a view of a parameter's matrices, [parts, a, b] or [E, parts, a, b]."""
+    if x.ndim == 2:
+        return x.view(parts, -1, x.size(1))
+    return x.unflatten(-1, (parts, -1)).movedim(-2, 1)
+
+
+def orthogonal(x):
+    """Bring all singular values of x [n, a, b] near 1, by five Newton-Schulz steps."""
+    wide = x.size(1) <= x.size(2)
+    x = x if wide else x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    for _ in range(5):
+        # x becomes 3.4445 x - 4.7750 (x x') x + 2.0315 (x x')^2 x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x,
+                          beta=3.4445)
+    return x if wide else x.mT

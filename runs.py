@@ -11,11 +11,12 @@ from pathlib import Path
 
 from common import fail, new_figure, write_whole
 
-MODELS = {"engram": "Engram", "moe": "MoE-only twin", "dense": "dense"}
+MODELS = {"moe": "MoE-only twin", "engram": "Engram", "large": "Engram, larger table",
+          "dense": "dense"}
 
 # Two runs may differ in these: they do not change what is computed.
 HARMLESS = ("resume", "model", "preset", "out_dir", "data_dir", "dataset", "device", "table",
-            "compile", "batch_size", "eval_every")
+            "compile", "batch_size", "eval_every", "large")
 
 
 def read_log(path):
@@ -128,7 +129,7 @@ def plot(out_dir):
     """Draw out_dir/loss.png from the logs. Its title says the result so far."""
     figure = new_figure(figsize=(7, 4.5))
     axes = figure.subplots()
-    losses, styles = {}, ("-", "--", ":")          # losses: {model: {step: loss}}
+    losses, styles = {}, ("--", "-", "-.", ":")          # losses: {model: {step: loss}}
     for (name, (_, records)), style in zip(read_logs(out_dir).items(), styles, strict=False):
         losses[name] = {record["step"]: record["val_loss"] for record in records}
         axes.plot([record["tokens"] / 1e6 for record in records], list(losses[name].values()),

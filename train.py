@@ -1,7 +1,8 @@
 """
-Train a transformer with Engram, then its MoE-only twin of equal parameters and compute.
+Train a transformer with Engram, its MoE-only twin of equal parameters and compute, and
+Engram with a larger table.
 
-    python train.py                          # both twins, on Python's own source
+    python train.py                          # all three, on Python's own source
     python train.py --model engram --steps 2000 --rho 0.5 --out_dir out2
     python train.py --resume                 # the same command again, after a crash or Ctrl-C
 
@@ -26,11 +27,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from arms import Progress, side_by_side
 from common import (commit, fail, free_memory, keep_freed_memory, machine_name, new_figure,
                     peak_bytes, run_script, write_whole)
 from engram import EngramConfig, RowAdam, canonical_ids, opt
 from flags import build, check_numbers, faster_dtype, parse
 from model import GPT, GPTConfig, load_checkpoint, token_losses
+from muon import Muon
 from offload import check_rows, place
 from prepare_data import Data, Offline
 from runs import HARMLESS, compare, differences, flat, plot
@@ -44,9 +47,9 @@ optim_opt = partial(opt, group="optimiser")
 @dataclass
 class Config:
     """Flags, together with GPTConfig's and EngramConfig's. The defaults are the laptop preset."""
-    model: str = run_opt("both", "both twins, or one: engram, moe, or dense (one feed-forward "
-                         "layer as wide as the active experts together)",
-                         ("both", "engram", "moe", "dense"))
+    model: str = run_opt("all", "moe (the twin), engram, large (engram with --large times the "
+                         "rows), all of these; or dense (one feed-forward layer as wide as the "
+                         "active experts together)", ("all", "moe", "engram", "large", "dense"))
     preset: str = run_opt("auto", "set of defaults; auto: gpu where there is CUDA",
                           ("auto", "laptop", "gpu"))
     out_dir: str = run_opt("out", "folder for logs, checkpoints and loss.png")
@@ -77,11 +80,11 @@ class Config:
     weight_decay: float = optim_opt(0.1, "of matrices; tables, norms and biases have none")
     grad_clip: float = optim_opt(1.0, "bound on the gradient's norm, table rows included")
     balance_step: float = optim_opt(0.01, "step of the bias that balances the experts")
-    balance_end: float = optim_opt(1.0, "share of it at the end, linear in lr")
-    optimizer: str = optim_opt("adamw", "of the matrices: adamw or muon", ("adamw", "muon"))
-    embed_lr: float = optim_opt(1.0, "rate of an untied input embedding over lr")
-    table_eps: float = optim_opt(1e-8, "Adam's eps of the tables")
+    optimizer: str = optim_opt("adamw", "of the backbone's matrices", ("adamw", "muon"))
+    embed_lr: float = optim_opt(1.0, "the rate of an --untied embedding over lr")
     rho: float = opt(0.75, "share of the sparse parameters that stays with experts",
+                     group="memory")
+    large: int = opt(16, "how many times the rows of engram's table the model large has",
                      group="memory")
 
 
@@ -94,12 +97,12 @@ GPU = dict(n_layer=8, n_head=8, n_embd=512, block_size=512, n_expert=32, expert_
 
 # ---- the loop --------------------------------------------------------------------------
 
-def train(name, shape, cfg, data, bar, first_losses):
-    """Train one model and return its evaluations. Write out_dir/name/log.jsonl (a header
+def train(name, shape, cfg, tell):
+    """Train one model. Write out_dir/name/log.jsonl (a header
     line, then one line per evaluation) and out_dir/name/ckpt.pt, each atomically.
 
-    bar: the progress bar. first_losses: {step: validation loss} of the first twin, empty
-    for the first itself."""
+    tell(name, step, loss, record) is called after each step and evaluation."""
+    data = load_data(cfg, shape.block_size)
     path, device = Path(cfg.out_dir) / name / "ckpt.pt", torch.device(cfg.device)
     model, backbone, tables, state = start(path, shape, cfg, data)
     # compiled or not, it is the same model; evaluation uses it uncompiled
@@ -109,11 +112,7 @@ def train(name, shape, cfg, data, bar, first_losses):
     n_sequences = cfg.tokens_per_step // shape.block_size
     parts = [slice(i, i + cfg.batch_size) for i in range(0, n_sequences, cfg.batch_size)]
     first_step, lr = state["step"], 0.0
-    muon = None
-    if cfg.optimizer == "muon":
-        from muon import Muon
-        muon = Muon(model, cfg.weight_decay)
-    bar.update(first_step)
+    tell(name, first_step)
     # since the last evaluation: when it ended, loss and load of each step
     began, losses, loads = time.perf_counter(), [], []
 
@@ -131,7 +130,7 @@ def train(name, shape, cfg, data, bar, first_losses):
             check_finite(record["val_loss"], step, path)
             state["records"].append(record)
             save(path, model, backbone, tables, state)
-            bar.write(evaluation_line(name, record, cfg.steps, first_losses))
+            tell(name, step, None, record)
             plot(cfg.out_dir)
             began, losses, loads = time.perf_counter(), [], []
         if step == cfg.steps:
@@ -158,21 +157,17 @@ def train(name, shape, cfg, data, bar, first_losses):
         leaves = [read.leaf for read in reads]
         torch.nn.utils.clip_grad_norm_([*model.parameters(), *leaves], cfg.grad_clip)
         lr = learning_rate(step, cfg)
-        for group in backbone.param_groups:
-            group["lr"] = lr * group.get("scale", 1.0)
-        backbone.step()
-        backbone.zero_grad()
-        if muon:
-            muon.step(lr)
+        for optimizer in backbone:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+            optimizer.step()
+            optimizer.zero_grad()
         tables.step(reads, lr * cfg.table_lr)
         # balance the experts, and note how uneven their load was
-        balance_step = cfg.balance_step * (cfg.balance_end + (1 - cfg.balance_end) * lr / cfg.lr)
-        load = sum(moe.move_bias(balance_step) for moe in moes)
+        load = sum(moe.move_bias(cfg.balance_step * lr / cfg.lr) for moe in moes)
         losses.append(loss)
         loads.append(load / max(1, len(moes)))
-        bar.set_postfix_str(f"{name}, loss {loss:.3f}", refresh=False)
-        bar.update()
-    return state["records"]
+        tell(name, step + 1, loss)
 
 
 def start(path, shape, cfg, data):
@@ -202,7 +197,7 @@ def start(path, shape, cfg, data):
         compress = not shape.engram or shape.engram.compress
         model = GPT(shape, canonical_ids(data.token_bytes, compress))
     # move it, and then make optimisers of what has been moved
-    place(model, cfg.device, cfg.table)
+    place(model, cfg.device, "host" if path.parent.name == "large" else cfg.table)
     if torch.device(cfg.device).type not in ("cpu", "cuda"):
         check_rows(model, torch.from_numpy(data.batch(0)[0]))
     backbone, tables = optimisers(model, cfg)
@@ -213,7 +208,8 @@ def start(path, shape, cfg, data):
     # and the state of training: new, or as it was saved
     if saved:
         tqdm.write(f"{path.parent.name:6s} continues after step {saved['step']:,}")
-        backbone.load_state_dict(saved["backbone"])
+        for optimizer, old in zip(backbone, saved["backbone"], strict=True):
+            optimizer.load_state_dict(old)
         for moments, old in zip(tables.state, saved["tables"], strict=True):
             for key in moments:
                 moments[key].copy_(old[key])
@@ -229,24 +225,29 @@ def start(path, shape, cfg, data):
 
 
 def optimisers(model, cfg):
-    """Return AdamW for the backbone and row-wise Adam, without decay, for the tables."""
-    # one group per reason
-    matrices = dict(params=[], weight_decay=cfg.weight_decay)
-    # norms, biases and the taps of the convolution
-    others = dict(params=[], weight_decay=0.0)
-    embed = dict(params=[], weight_decay=cfg.weight_decay if cfg.embed_lr == 1 else 0.0,
-                 scale=cfg.embed_lr)
-    from muon import is_muon
+    """Return the backbone's optimisers, AdamW and perhaps Muon, and row-wise Adam, without
+    decay, for the tables."""
+    # one group per reason: matrices decay; norms, biases and taps do not
+    matrices, others, embed_in = ({"params": [], "lr_scale": 1.0} for _ in range(3))
+    others["weight_decay"] = 0.0
+    embed_in["lr_scale"] = cfg.embed_lr
+    # Muon's, by how many matrices stand side by side in a parameter
+    muon = {parts: {"params": [], "parts": parts, "lr_scale": 1.0} for parts in (1, 2, 3)}
     for name, p in model.named_parameters():
-        group = others if p.ndim < 2 or name.endswith(".taps") else matrices
-        if cfg.optimizer == "muon" and is_muon(name, p):
-            continue
-        if "embed_in" in name:
-            group = embed
+        group = matrices
+        if p.ndim < 2 or name.endswith(".taps"):
+            group = others
+        elif name.startswith("embed_in."):
+            group = embed_in
+        elif cfg.optimizer == "muon" and name.startswith("blocks.") and "router" not in name:
+            group = muon[3 if "qkv" in name else 2 if "w_in" in name else 1]
         group["params"].append(p)
-    groups = [group for group in (matrices, others, embed) if group["params"]]
-    adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), fused=True)
-    return adamw, RowAdam([engram.table for engram in model.engrams()], eps=cfg.table_eps)
+    adamw = torch.optim.AdamW([matrices, others, embed_in], lr=cfg.lr, betas=(0.9, 0.95),
+                              weight_decay=cfg.weight_decay, fused=True)
+    backbone = [adamw]
+    if cfg.optimizer == "muon":
+        backbone.append(Muon(muon.values(), cfg.weight_decay, getattr(torch, cfg.dtype)))
+    return backbone, RowAdam([engram.table for engram in model.engrams()])
 
 
 def learning_rate(step, cfg):
@@ -262,6 +263,11 @@ def learning_rate(step, cfg):
 def autocast(cfg):
     device_type = torch.device(cfg.device).type
     return torch.autocast(device_type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+
+
+def load_data(cfg, block_size):
+    return Data(cfg.dataset, cfg.data_dir, block_size, cfg.tokens_per_step // block_size,
+                cfg.steps, cfg.seed, cfg.eval_tokens, cfg.device)
 
 
 def check_finite(loss, step, path):
@@ -332,16 +338,6 @@ def progress(state, cfg, lr, losses, loads, spent):
             "peak_bytes": peak_bytes(cfg.device)}
 
 
-def evaluation_line(name, record, steps, first_losses):
-    """Return what is printed. first_losses: {step: loss} of the first twin."""
-    line = (f"{name:6s} step {record['step']:,} of {steps:,}, "
-            f"{record['tokens'] / 1e6:.2f}M tokens: train loss {record['train_loss']:.4f}, "
-            f"validation {record['val_loss']:.4f}, {record['tokens_per_s']:,.0f} tokens/s")
-    if record["step"] in first_losses:
-        line += f", {record['val_loss'] - first_losses[record['step']]:+.4f} against the first"
-    return line
-
-
 # ---- files -----------------------------------------------------------------------------
 
 def describe(name, model, cfg, data):
@@ -362,8 +358,8 @@ def describe(name, model, cfg, data):
 def save(path, model, backbone, tables, state):
     """Write log and checkpoint. The log first: a checkpoint is never ahead of it."""
     write_log(path.with_name("log.jsonl"), state)
-    content = {"model": model.state_dict(), "backbone": backbone.state_dict(),
-               "tables": tables.state, **state}
+    content = {"model": model.state_dict(), "tables": tables.state,
+               "backbone": [optimizer.state_dict() for optimizer in backbone], **state}
     write_whole(path, partial(torch.save, content))
 
 
@@ -390,8 +386,8 @@ def read_flags(argv):
 
 def checkpoints(cfg):
     """Return {model: path of its checkpoint}, if --resume fits them. Settle --dtype."""
-    # both twins, or one model; either none of them has been begun, or --resume is given
-    names = ["engram", "moe"] if cfg.model == "both" else [cfg.model]
+    # either none of them has been begun, or --resume is given
+    names = ["moe", "engram", "large"] if cfg.model == "all" else [cfg.model]
     paths = {name: Path(cfg.out_dir) / name / "ckpt.pt" for name in names}
     there = [path for path in paths.values() if path.exists()]
     if there and not cfg.resume:
@@ -423,11 +419,9 @@ def main(argv=None):
     new_figure()
     paths = checkpoints(cfg)
     try:
-        n_sequences = cfg.tokens_per_step // shape.block_size
-        data = Data(cfg.dataset, cfg.data_dir, shape.block_size, n_sequences, cfg.steps,
-                    cfg.seed, cfg.eval_tokens, cfg.device)
+        data = load_data(cfg, shape.block_size)
         shape.vocab_size = data.meta["vocab_size"]
-        shapes, lines = shapes_of(cfg.model, shape, cfg.rho)
+        shapes, lines = shapes_of(cfg.model, shape, cfg.rho, cfg.large)
     except (Offline, ValueError) as error:
         fail(error)
     # say what is about to happen
@@ -437,16 +431,16 @@ def main(argv=None):
     if data.passes > 2:
         lines.append("        tables overfit beyond about two: watch the validation loss")
     print(*lines, f"run     {cfg.dtype} on {machine_name(cfg.device)}", sep="\n", flush=True)
-    # train one model after the other
+    # train one model after the other, or on a CPU side by side
+    tell = Progress(paths, cfg.steps)
+    jobs = {name: partial(train, name, shapes[name], cfg) for name in paths}
     try:
-        # disable=None: no bar where stderr is no terminal
-        total = cfg.steps * len(paths)
-        with tqdm(total=total, unit="step", leave=False, disable=None) as bar:
-            first_losses = {}
-            for name in paths:
-                records = train(name, shapes[name], cfg, data, bar, first_losses)
-                # to print the gap beside the losses of the second
-                first_losses = {record["step"]: record["val_loss"] for record in records}
+        if cfg.device == "cpu" and min(len(jobs), torch.get_num_threads()) > 1:
+            side_by_side(jobs, tell)
+        else:
+            for job in jobs.values():
+                job(tell)
+        tell.bar.close()
     except KeyboardInterrupt:
         # how to go on, as a command to copy
         message = f"before the first checkpoint (step {cfg.eval_every}); start again"

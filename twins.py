@@ -80,7 +80,7 @@ def dense_twin(moe):
     return replace(moe, n_expert=0, shared_hidden=moe.shared_hidden + active)
 
 
-def shapes_of(model, shape, rho):
+def shapes_of(model, shape, rho, large):
     """Return {model: GPTConfig} for train.py's --model, and lines that explain them."""
     has_place = shape.engram.blocks[-1] < shape.n_layer and shape.n_expert > shape.top_k
     if model in ("moe", "dense") and not has_place:
@@ -89,6 +89,12 @@ def shapes_of(model, shape, rho):
     else:
         shapes, numbers = make_twins(shape, rho)
         lines = explain(shape, shapes, numbers, rho)
+        # as many numbers are read per token, but from a larger table
+        memory = shapes["engram"].engram
+        rows = tuple(large * n for n in memory.rows)
+        shapes["large"] = replace(shapes["engram"], engram=replace(memory, rows=rows))
+        lines.append(f"large   engram with {large} times the rows, {rows[0]:,} a head: P_tot "
+                     f"{count(shapes['large'])['P_tot']:,}, the same P_act. It is no twin")
     return shapes | {"dense": dense_twin(shapes["moe"])}, lines
 
 
