@@ -17,18 +17,18 @@ from common import default_device, fail, make_parser
 GROUPS = ("run", "data", "optimiser", "memory", "model")
 
 
-def parse(argv, doc, owners, preset):
+def parse(argv, doc, owners, presets):
     """Return {flag: value} of what stands in argv, and of the preset where argv says
     nothing.
 
-    owners: [(dataclass, prefix of its flags, their group)]; preset: what gpu sets."""
+    owners: [(dataclass, prefix of its flags, their group)]; presets: {name: {flag: value}}."""
     parser = make_parser(doc, "train.py [options]")
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for owner, prefix, group_of_owner in owners:
         for f in fields(owner):
             if "help" in f.metadata:
                 group = groups[f.metadata["group"] or group_of_owner]
-                add_flag(group, prefix + f.name, f.default, f.metadata, preset)
+                add_flag(group, prefix + f.name, f.default, f.metadata, presets)
     given = vars(parser.parse_args(argv))
     # what "auto" means here
     device = given.get("device", "auto")
@@ -38,13 +38,14 @@ def parse(argv, doc, owners, preset):
     name = given.get("preset", "auto")
     if name == "auto":
         name = "gpu" if device.startswith("cuda") else "laptop"
-    return {**(preset if name == "gpu" else {}), **given, "device": device, "preset": name}
+    return {**presets[name], **given, "device": device, "preset": name}
 
 
-def add_flag(group, name, default, metadata, preset):
+def add_flag(group, name, default, metadata, presets):
     text = f"{metadata['help']} (default: {shown(default)}"
-    if name in preset:
-        text += f"; gpu preset: {shown(preset[name])}"
+    for preset, values in presets.items():
+        if name in values:
+            text += f"; {preset} preset: {shown(values[name])}"
     kind = {"default": SUPPRESS, "help": (text + ")").replace("%", "%%")}
     if isinstance(default, bool):
         group.add_argument(f"--{name}", action=BooleanOptionalAction, **kind)

@@ -24,7 +24,7 @@ from moe import MoE
 
 @dataclass
 class GPTConfig:
-    vocab_size: int = 4096
+    vocab_size: int = 1024
     block_size: int = opt(256, "context length, in tokens")
     n_layer: int = opt(4, "blocks")
     n_head: int = opt(4, "attention heads")

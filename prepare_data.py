@@ -166,7 +166,7 @@ def merge(pair, new, words, freqs, pairs, where):
     return grown
 
 
-def make_tokenizer(kind, texts=(), vocab_size=4096):
+def make_tokenizer(kind, texts, vocab_size):
     """Return a dict that JSON can hold, all that a checkpoint needs to carry."""
     tok = {"kind": kind}
     if kind == "bpe":
@@ -584,7 +584,7 @@ def name_of(files, data_dir):
     return name
 
 
-def prepare(name=None, files=(), data_dir="data", max_mb=None, vocab_size=4096,
+def prepare(name=None, files=(), data_dir="data", max_mb=None, vocab_size=1024,
             tokenizer="bpe", shards=1):
     """Return the folder with train.bin, val.bin and meta.json. Raise Offline where a server
     does not answer; all else that a user can get wrong ends in fail()."""
@@ -761,7 +761,7 @@ def main(argv=None):
     add("--data_dir", default="data", help="gets a folder per data set (default: data)")
     add("--max_mb", type=float,
         help="use at most so many megabytes, 0: all (default: python 48, tinystories 200)")
-    add("--vocab_size", type=int, default=4096, help="tokens of the BPE (default: 4096)")
+    add("--vocab_size", type=int, default=1024, help="tokens of the BPE (default: 1024)")
     add("--tokenizer", default="bpe", choices=("bpe", "gpt2"),
         help="bpe, trained on this text, or gpt2 (default: bpe)")
     add("--shards", type=int, default=1,

@@ -93,7 +93,8 @@ def crossing(records, target, key="val_loss"):
 
 
 def compare(out_dir):
-    """Return lines: a table of the runs in out_dir, and what the memory was worth."""
+    """Return lines: a table of the runs in out_dir, and what memory was worth instead of
+    experts, and more of it."""
     runs = read_logs(out_dir)
     columns = [("", "P_tot, all but the embedding", "P_act, used per token",
                 "training tokens", "validation, nats per token",
@@ -112,9 +113,13 @@ def compare(out_dir):
     if differ:
         return [*lines, f"these runs are not comparable: they differ in {', '.join(differ)}"]
     (header, engram), (_, moe) = runs["engram"], runs["moe"]
-    target = moe[-1]["val_loss"]
-    lines.append(f"Engram minus its twin: {engram[-1]['val_loss'] - target:+.4f} nats per "
-                 f"token (n=1, seed {header['config']['seed']})")
+    target, loss = moe[-1]["val_loss"], engram[-1]["val_loss"]
+    lines.append(f"Memory instead of experts, Engram minus its twin: {loss - target:+.4f} "
+                 f"nats per token (n=1, seed {header['config']['seed']})")
+    if "large" in runs and runs["large"][1][-1]["tokens"] == engram[-1]["tokens"]:
+        more = runs["large"][1][-1]["val_loss"] - loss
+        lines.append("More memory at the same compute, the larger table minus Engram: "
+                     f"{more:+.4f}")
     reached = crossing(engram, target)
     if reached is None:
         lines.append("Engram did not reach its twin's final loss")
@@ -139,9 +144,13 @@ def plot(out_dir):
     # compare at the last step that all have
     step = max(set.intersection(*map(set, losses.values())), default=None)
     if step:
-        title = ", ".join(f"{MODELS[name]} {losses[name][step]:.3f}" for name in losses)
-        if "engram" in losses and "moe" in losses:
-            title += f": {losses['engram'][step] - losses['moe'][step]:+.3f} nats per token"
+        at = {name: curve[step] for name, curve in losses.items()}
+        title = ", ".join(f"{MODELS[name]} {loss:.3f}" for name, loss in at.items())
+        if "engram" in at and "moe" in at:
+            title = ("Memory instead of experts changes the loss by "
+                     f"{at['engram'] - at['moe']:+.3f} nats")
+            if "large" in at:
+                title += f",\nmore memory at the same compute by {at['large'] - at['engram']:+.3f}"
         axes.set_title(f"{title} (step {step:,})", fontsize=10)
     path = Path(out_dir) / "loss.png"
     write_whole(path, lambda file: figure.savefig(file, dpi=120, format="png"))

@@ -46,6 +46,7 @@ import train
 from engram import Engram, EngramConfig, Read, RowAdam, canonical_ids, head_primes, lookup
 from model import GPT, Block, Cache, GPTConfig, attend, generate, load_checkpoint
 from moe import MoE
+from muon import Muon
 from offload import Fetch, check_rows, place
 from prepare_data import EOT
 from twins import dense_twin, make_twins
@@ -141,11 +142,11 @@ def test_demo_addresses_and_outputs(name):
         for branch in range(branches):
             state = module.state_dict()
             conv = known["short_conv.conv.weight"][branch * D:(branch + 1) * D]
-            state["conv"] = conv[:, 0].T                                   # [kernel, D]
+            state["conv.taps"] = conv[:, 0].T                              # [kernel, D]
             for mine, theirs in (("key", f"key_projs.{branch}"), ("value", "value_proj"),
                                  ("norm_key", f"norm1.{branch}"),
                                  ("norm_query", f"norm2.{branch}"),
-                                 ("norm_conv", f"short_conv.norms.{branch}")):
+                                 ("conv.norm", f"short_conv.norms.{branch}")):
                 for kind in ("weight", "bias"):
                     if f"{mine}.{kind}" in state:
                         state[f"{mine}.{kind}"] = known[f"{theirs}.{kind}"]
@@ -271,7 +272,7 @@ def test_first_backward_reaches_everything():
     (out * torch.randn_like(out)).sum().backward()
     grads = {n: p.grad for n, p in module.named_parameters()}
     grads.update(table=read.leaf.grad, h=h.grad)
-    grads.pop("norm_conv.weight")              # waits a step for the zero taps
+    grads.pop("conv.norm.weight")              # waits a step for the zero taps
     for name, grad in grads.items():
         assert grad is not None and grad.abs().max() > 0, name
     assert out.norm() < 0.3 * h.norm()
@@ -279,11 +280,40 @@ def test_first_backward_reaches_everything():
 
 def test_short_conv_is_a_grouped_convolution():
     """Taps in reverse, a leak from the future, the dilation of another module."""
-    module = tiny_module()
-    torch.nn.init.normal_(module.conv)
-    x = torch.randn(2, 8, 30)
-    slow = F.conv1d(F.pad(x, (9, 0)), module.conv.T[:, None], groups=8, dilation=3)
-    torch.testing.assert_close(module.short_conv(x.mT), slow.mT)
+    x = torch.randn(2, 30, 8)
+    for changes, dilation in (({}, 3), ({"orders": (1, 2)}, 2), ({"conv_dilation": 5}, 5)):
+        conv = tiny_module(**changes).conv
+        torch.nn.init.normal_(conv.taps)
+        past = F.pad(F.rms_norm(x, (8,), eps=1e-5).mT, (3 * dilation, 0))
+        slow = F.conv1d(past, conv.taps.T[:, None], groups=8, dilation=dilation)
+        torch.testing.assert_close(conv(x), F.silu(slow.mT))
+
+
+def test_muon_is_torch_muon_on_each_matrix():
+    """Matrices that only share a parameter made orthogonal as one; a shape mixed up."""
+    def apart(x, parts):
+        pieces = [x] if x.ndim == 2 else x
+        return [matrix for w in pieces for matrix in w.chunk(parts, x.ndim - 2)]
+
+    ours, groups, theirs = [], [], []
+    for shape, parts in (((12, 8), 3), ((24, 8), 2), ((5, 8, 12), 2), ((8, 24), 1)):
+        p = torch.nn.Parameter(torch.randn(shape))
+        ours.append(p)
+        groups.append({"params": [p], "parts": parts, "lr": 0.02})
+        theirs += [torch.nn.Parameter(w.clone()) for w in apart(p.detach(), parts)]
+    mine = Muon(groups, 0.1, torch.bfloat16)
+    oracle = torch.optim.Muon(theirs, 0.02, 0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for p in ours:
+            p.grad = torch.randn_like(p)
+        grads = [g for group in groups for g in apart(group["params"][0].grad, group["parts"])]
+        for w, g in zip(theirs, grads, strict=True):
+            w.grad = g.contiguous()
+        mine.step()
+        oracle.step()
+    found = [w for group in groups for w in apart(group["params"][0], group["parts"])]
+    for a, b in zip(found, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("gate", ["plain", "off"])
@@ -368,10 +398,11 @@ def test_moe_bias_moves_against_the_load():
 
 
 @pytest.mark.parametrize("chunks", [[1] * 20, [7, 1, 5, 1, 6], [2, 18]])
-@pytest.mark.parametrize("stop", [False, True])
-def test_cached_decoding_is_the_full_forward(chunks, stop):
+@pytest.mark.parametrize("control", [False, True])
+def test_cached_decoding_is_the_full_forward(chunks, control):
     """The hash, the convolution, rotary positions or the mask forgetting the past."""
-    model = tiny_gpt(engram=tiny_engram(orders=(2, 4), stop_at_eot=stop))
+    model = tiny_gpt(engram=tiny_engram(orders=(2, 4), stop_at_eot=control),
+                     conv_in=2 * control - 1, untied=control)
     idx = torch.randint(0, VOCAB, (2, 20))
     idx[0, 6] = VOCAB - 1
     cache = Cache(model.cfg)
@@ -491,14 +522,34 @@ def test_train_both(corpus, tmp_path, capsys, monkeypatch):
     assert 0 < records[-1]["gate_mean"][0] < 1 and 0 < records[-1]["rows_touched"][0] <= 1
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
     lines = [line for line in printed.splitlines() if " step " in line]
-    assert len(lines) == 6 and f"validation {records[-1]['val_loss']:.4f}" in lines[2]
-    assert ["against the first" in line for line in lines] == [False] * 3 + [True] * 3
+    assert len(lines) == 9 and f"validation {records[-1]['val_loss']:.4f}" in lines[5]
+    assert ["against moe" in line for line in lines] == [False] * 3 + [True] * 6
     table = "\n".join(runs.compare(tmp_path))
-    assert table in printed and "Engram minus its twin" in table
+    assert table in printed and "Engram minus its twin" in table and "larger table" in table
     # a log that was cut short is written again
     (tmp_path / "moe" / "log.jsonl").write_text("{")
     run(train, *corpus, *TINY, "--out_dir", tmp_path, "--resume")
     assert table in capsys.readouterr().out
+
+
+def test_side_by_side(corpus, tmp_path, capsys, refused):
+    """Other bits than one after the other; a gap at another step; a model that dies."""
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for threads, out in enumerate(folders, start=1):
+        torch.set_num_threads(threads)
+        run(train, *corpus, *TINY, "--out_dir", out)
+        printed = capsys.readouterr().out
+        for name in ("moe", "engram", "large"):
+            for record, twin in zip(log(out, name)[1:], log(out, "moe")[1:], strict=True):
+                gap = f"{record['val_loss'] - twin['val_loss']:+.4f} against moe"
+                step = f"{name:6s} step {record['step']} of 12,"
+                line = next(line for line in printed.splitlines() if line.startswith(step))
+                assert line.endswith(gap) != (name == "moe")
+    assert same_run(*folders)
+    (folders[1] / "large" / "ckpt.pt").write_bytes(b"")
+    argv = shlex.join([*corpus, *TINY, "--steps", "16", "--out_dir", str(folders[1])])
+    said = one_error(shell(f"OMP_NUM_THREADS=2 python train.py --resume {argv}"))
+    assert "large/ckpt.pt is not a readable checkpoint" in said
 
 
 def test_killed_run_resumes_exactly(corpus, tmp_path):
@@ -607,7 +658,7 @@ def test_checkpoints_that_do_not_fit_are_refused(corpus, tmp_path, refused, monk
     (train, "--block_size 50000 --tokens_per_step 100000", "block_size"),
     (train, f"--seed {2 ** 63}", "2 ** 63"), (train, "--steps 0", "steps 0"),
     (train, "--engram_rows 9999999999", "GB"),
-    (sample, "--model dense", "engram, moe"), (sample, "--model moe --memory", "has none"),
+    (sample, "--model dense", "engram, large, moe"), (sample, "--model moe --memory", "has none"),
     (sample, "--png a.png", "needs"), (sample, "--max_new_tokens 0", "nothing to do"),
     (sample, "--temperature nan", "nan"), (sample, f"--seed {2 ** 63}", "2 ** 63"),
     (sample, "--device no", "not usable"), (sample, "--prompt FILE:no", "No such file"),
@@ -665,13 +716,13 @@ def test_ctrl_c_shows_how_to_continue(corpus, tmp_path):
     """A traceback, another exit code than 130, or a command that does not resume."""
     argv = [*corpus, *TINY, "--steps", "3000", "--out_dir", str(tmp_path)]
     with started("train.py", *argv) as stopped:
-        wait_until((tmp_path / "engram" / "ckpt.pt").exists, 120)
+        wait_until((tmp_path / "moe" / "ckpt.pt").exists, 120)
         stopped.send_signal(signal.SIGINT)
         said = stopped.communicate()[1]
     assert stopped.returncode == 130 and "Traceback" not in said
     with started(*said.strip().partition("continue with: python ")[2].split()):
-        wait_until(lambda: "resumed" in log(tmp_path)[0], 120)
-    assert "resumed" in log(tmp_path)[0]
+        wait_until(lambda: "resumed" in log(tmp_path, "moe")[0], 120)
+    assert "resumed" in log(tmp_path, "moe")[0]
 
 
 def test_runs_that_are_no_twins(trained, tmp_path):

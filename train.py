@@ -37,7 +37,7 @@ from muon import Muon
 from offload import check_rows, place
 from prepare_data import Data, Offline
 from runs import HARMLESS, compare, differences, flat, plot
-from twins import count, shapes_of
+from twins import count, crowding, shapes_of
 
 run_opt = partial(opt, group="run")
 data_opt = partial(opt, group="data")
@@ -50,8 +50,9 @@ class Config:
     model: str = run_opt("all", "moe (the twin), engram, large (engram with --large times the "
                          "rows), all of these; or dense (one feed-forward layer as wide as the "
                          "active experts together)", ("all", "moe", "engram", "large", "dense"))
-    preset: str = run_opt("auto", "set of defaults; auto: gpu where there is CUDA",
-                          ("auto", "laptop", "gpu"))
+    preset: str = run_opt("auto", "set of defaults; auto: gpu where there is CUDA, else "
+                          "laptop",
+                          ("auto", "laptop", "small", "gpu"))
     out_dir: str = run_opt("out", "folder for logs, checkpoints and loss.png")
     resume: bool = run_opt(False, "continue from the checkpoints in out_dir")
     device: str = run_opt("auto", "cpu, cuda, cuda:1, ...; auto: the accelerator, if any")
@@ -63,12 +64,12 @@ class Config:
     compile: bool = run_opt(False, "use torch.compile; compiling takes a while, so it does "
                             "not pay for short runs")
     seed: int = run_opt(0, "seed of the initial weights and of the order of the data")
-    eval_every: int = run_opt(150, "steps between evaluations; each writes a checkpoint")
+    eval_every: int = run_opt(125, "steps between evaluations; each writes a checkpoint")
     dataset: str = data_opt("auto", "python, tinystories, openwebtext or a name of your own; "
                             "auto: tinystories on an accelerator, else python")
     data_dir: str = data_opt("data", "folder that prepare_data.py writes to")
     eval_tokens: int = data_opt(65536, "validation tokens, the same at every evaluation")
-    steps: int = optim_opt(1200, "optimiser steps; after a pass over the data it comes again "
+    steps: int = optim_opt(1000, "optimiser steps; after a pass over the data it comes again "
                            "in a new order")
     tokens_per_step: int = optim_opt(2048, "tokens per optimiser step")
     batch_size: int = optim_opt(8, "sequences per forward pass; the gradients of a step's "
@@ -79,20 +80,24 @@ class Config:
     min_lr_share: float = optim_opt(0.05, "share of lr that the cosine decay ends at")
     weight_decay: float = optim_opt(0.1, "of matrices; tables, norms and biases have none")
     grad_clip: float = optim_opt(1.0, "bound on the gradient's norm, table rows included")
-    balance_step: float = optim_opt(0.01, "step of the bias that balances the experts")
-    optimizer: str = optim_opt("adamw", "of the backbone's matrices", ("adamw", "muon"))
+    balance_step: float = optim_opt(0.01, "step of the bias that balances the experts; it falls "
+                                    "with lr")
+    optimizer: str = optim_opt("muon", "of the backbone's matrices", ("adamw", "muon"))
     embed_lr: float = optim_opt(1.0, "the rate of an --untied embedding over lr")
-    rho: float = opt(0.75, "share of the sparse parameters that stays with experts",
+    rho: float = opt(0.5, "share of the sparse parameters that stays with experts",
                      group="memory")
     large: int = opt(16, "how many times the rows of engram's table the model large has",
                      group="memory")
 
 
-# What the gpu preset changes. It is sized for a card of 24 GB, and was never run.
+# What the presets change. gpu is sized for a card of 24 GB, and was never run.
+SMALL = dict(n_embd=64, n_head=2, expert_hidden=64, shared_hidden=64, tokens_per_step=1024,
+             batch_size=4, eval_tokens=32768)
 GPU = dict(n_layer=8, n_head=8, n_embd=512, block_size=512, n_expert=32, expert_hidden=256,
            shared_hidden=512, engram_blocks=(1, 4), engram_heads=8, engram_width=32,
            steps=1500, tokens_per_step=32768, batch_size=32, lr=1e-3, balance_step=0.002,
            eval_tokens=524288)
+PRESETS = {"laptop": {}, "small": SMALL, "gpu": GPU}
 
 
 # ---- the loop --------------------------------------------------------------------------
@@ -374,7 +379,7 @@ def read_flags(argv):
     """Return Config and GPTConfig. A flag beats the preset, the preset the default."""
     owners = [(Config, "", "run"), (GPTConfig, "", "model"),
               (EngramConfig, "engram_", "memory")]
-    values = parse(argv, __doc__, owners, GPU)
+    values = parse(argv, __doc__, owners, PRESETS)
     try:
         values["engram"] = build(EngramConfig, values, "engram_")
         cfg, shape = build(Config, values), build(GPTConfig, values)
@@ -425,6 +430,12 @@ def main(argv=None):
     except (Offline, ValueError) as error:
         fail(error)
     # say what is about to happen
+    for name in paths:
+        if shapes[name].engram:
+            trained = data.train[:cfg.steps * cfg.tokens_per_step]
+            share = crowding(shapes[name].engram, trained, data.token_bytes)
+            lines.append(f"{name:8s}{share} of the text share a row; above ten, a larger table "
+                         "would help")
     lines += [f"data    {data.name}: {cfg.steps:,} steps x {cfg.tokens_per_step:,} tokens are "
               f"{data.passes:.2f} passes over {len(data.train):,} tokens;",
               f"        validated on {data.val_y.size:,} others"]

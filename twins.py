@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from engram import table_parameters
+from engram import canonical_ids, table_parameters
 from model import GPT
 
 
@@ -96,6 +96,18 @@ def shapes_of(model, shape, rho, large):
         lines.append(f"large   engram with {large} times the rows, {rows[0]:,} a head: P_tot "
                      f"{count(shapes['large'])['P_tot']:,}, the same P_act. It is no twin")
     return shapes | {"dense": dense_twin(shapes["moe"])}, lines
+
+
+def crowding(memory, tokens, token_bytes):
+    """Return how many different n-grams of the tokens that are trained on share a row, as
+    "12.3 2-grams and 77.8 3-grams"."""
+    ids = canonical_ids(token_bytes, memory.compress)[tokens[:5_000_000]]
+    base, shares = int(ids.max()) + 1, []
+    for order, rows in zip(memory.orders, memory.rows, strict=True):
+        n = len(ids) + 1 - order
+        different = np.unique(sum(ids[k:k + n] * base ** k for k in range(order)))
+        shares.append(f"{len(different) / rows:.1f} {order}-grams")
+    return " and ".join(shares)
 
 
 def explain(shape, shapes, numbers, rho):

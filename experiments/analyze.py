@@ -455,11 +455,10 @@ def read_results(path):
     return found
 
 
-def draw_picture(path, draw, note=""):
-    """Draw NAME.png beside NAME.json, with a note below."""
+def draw_picture(path, draw):
+    """Draw NAME.png beside NAME.json."""
     figure = new_figure(figsize=(7.5, 4.5))
     draw(figure.subplots())
-    figure.supxlabel(note, fontsize=8)
     path = path.with_suffix(".png")
     write_whole(path, lambda file: figure.savefig(file, dpi=110, format="png"))
     print(f"picture: {path}")
