@@ -74,7 +74,7 @@ class Config:
     tokens_per_step: int = optim_opt(2048, "tokens per optimiser step")
     batch_size: int = optim_opt(8, "sequences per forward pass; the gradients of a step's "
                                 "passes are summed, so this changes memory and speed only")
-    lr: float = optim_opt(4e-3, "peak learning rate")
+    lr: float = optim_opt(8e-3, "peak learning rate")
     table_lr: float = optim_opt(5.0, "the tables' learning rate over lr (paper: 5)")
     warmup_share: float = optim_opt(0.05, "share of the steps in which the rate rises")
     min_lr_share: float = optim_opt(0.05, "share of lr that the cosine decay ends at")

@@ -63,9 +63,9 @@ TWINS = {
     "engram": ENGRAM,
     "large": Arm("--model large", "Engram, 16 times the rows (no twin)")}
 RATES = {f"{name} {lr}": Arm(f"{arm.flags} --lr {lr}", f"{arm.title}, rate {lr}")
-         for name, arm in (("moe", MOE), ("engram", ENGRAM)) for lr in (0.002, 0.004, 0.008)}
+         for name, arm in (("moe", MOE), ("engram", ENGRAM)) for lr in (0.004, 0.008, 0.016)}
 OPTIMISERS = {"muon": MOE,
-              "adamw": Arm("--model moe --optimizer adamw", "MoE-only twin, AdamW")}
+              "adamw": Arm("--model moe --optimizer adamw --lr 0.004", "MoE-only twin, AdamW")}
 EXPERTS = {str(n): Arm(f"--model moe --n_expert {n}", f"{n} experts") for n in (4, 6, 8, 16)}
 ALLOCATION = {"1": Arm("--model moe", "rho 1, MoE-only twin")}
 ALLOCATION |= {rho: engram_arm(f"--rho {rho}", f"rho {rho}")
@@ -117,7 +117,7 @@ def sweeps():
     return {
         "twins": Sweep(LAPTOP, TWINS, "moe", say_twins, draw_curves,
                        evaluations=8, seeds=5),
-        "rates": Sweep(LAPTOP, RATES, "moe 0.004", seeds=1, first_seed=10),
+        "rates": Sweep(LAPTOP, RATES, "moe 0.008", seeds=1, first_seed=10),
         "optimisers": Sweep(LAPTOP, OPTIMISERS, "muon"),
         "controls": Sweep(LAPTOP, CONTROLS, "moe", None, draw_differences),
         "experts": Sweep(LAPTOP, EXPERTS, "8"),
