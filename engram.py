@@ -17,7 +17,7 @@ One step:
     h = h + engram(h, read)          project what was read, gate it, add it to the stream
   train.py:
     loss.backward()                  fill read.leaf.grad: U rows, not the whole table
-    tables.step([read], lr)          RowAdam updates those U rows, and no others
+    row_adam.step([read], lr)        update those U rows of the table, and no others
 
 Letters, here and in model.py:
     B batch, T time, D model width (n_embd), V' number of canonical ids
@@ -184,7 +184,7 @@ class Engram(nn.Module):
 
     def hash(self, x, history=None):
         """Return the row numbers [B, T, M] in the flat table that the tokens x read
-        (section 2).
+        (section 2 of the paper).
 
         x: [B, T] canonical ids; history: the up to N-1 ids just before them, None at the
         start of a text. Each of the last n ids is multiplied by its own odd number (which
@@ -193,9 +193,10 @@ class Engram(nn.Module):
         collide in one head rarely collide in another, because the primes differ. int64
         throughout: with ids below V' no product overflows.
 
-        By hand: ids 5, 7, multipliers 3 (for the last id) and 11, heads with primes 13
-        and 17. (7 * 3) ^ (5 * 11) = 21 ^ 55 = 34. First head: 34 % 13 = 8. Second head: 34 %
-        17 = 0, and its slice begins at 13. So position 1 reads rows 8 and 13."""
+        By hand, for 2-grams and two heads: ids 5, 7, multipliers 3 (for the last id) and
+        11, primes 13 and 17. (7 * 3) ^ (5 * 11) = 21 ^ 55 = 34. First head: 34 % 13 = 8.
+        Second head: 34 % 17 = 0, and its slice begins at 13. So position 1 reads rows 8
+        and 13."""
         N, T = self.cfg.orders[-1], x.size(1)
         # every position needs N-1 ids before it; before the text they are padding
         if history is not None:
@@ -208,7 +209,8 @@ class Engram(nn.Module):
         for k in range(N):
             past = x[:, N - 1 - k:N - 1 - k + T]                          # x[t-k] for all t
             if self.cfg.stop_at_eot and k > 0:
-                # pad is also the id of end of text: from the nearest one back, all is pad
+                # pad is also the id of end of text: once one is met, it and all before it
+                # count as pad
                 same_text = same_text & (past != self.pad)
                 past = torch.where(same_text, past, self.pad)
             mix = mix ^ (past * self.multipliers[k])
@@ -223,8 +225,8 @@ class Engram(nn.Module):
 
         Every different row is gathered once into one small tensor, the leaf. Autograd
         then sees [U, d] numbers and never [R, d], so a step costs the same with 1e5 rows
-        or with 1e7, the leaf's gradient is an ordinary dense one, and a table that lives
-        elsewhere differs in nothing but this gather."""
+        or with 1e7, the leaf's gradient is an ordinary dense one, and where the table lives
+        matters only here and where RowAdam writes."""
         # the different rows, and where in them each of the B * T * M reads is found
         unique, inverse = row_ids.unique(return_inverse=True)
         if self.fetch is None:
@@ -284,7 +286,7 @@ class RowAdam:
     Dense Adam would go through all R rows, and its momentum would move rows that were not
     read. Bias correction needs a step count. Here each row has its own, its number of
     visits. torch.optim.SparseAdam has one for all rows, so a row that is first read late
-    takes a first step 2.2 times too small (beta2 0.95). In text most rows are."""
+    takes a first step 2.2 times too small (beta2 0.95). In text most are."""
 
     def __init__(self, tables, betas=(0.9, 0.95), eps=1e-15):
         """tables: list of [R, d] tensors, changed in place. Moments are made beside them."""

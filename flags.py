@@ -87,6 +87,8 @@ def check_numbers(cfg, block_size):
     for name in ("lr", "table_lr", "grad_clip", "weight_decay", "balance_step", "seed"):
         if not 0 <= getattr(cfg, name) < math.inf:
             raise ValueError(f"{name} {getattr(cfg, name)}: must be 0 or more")
+    if cfg.lr == 0:
+        raise ValueError("lr 0: must be above 0")
     if cfg.seed >= 2 ** 63:
         raise ValueError(f"seed {cfg.seed}: must be below 2 ** 63")
     for name in ("warmup_share", "min_lr_share"):

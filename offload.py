@@ -51,7 +51,7 @@ class Fetch:
         self.copy_stream = None
 
     def start(self, table, row_ids):
-        """Begin to read rows [U] of table [R, d], after the update that it must see.
+        """Begin to read rows [U] of table [R, d]. Call it after the update of the last step.
 
         Return the row numbers on the table's device; leaf [U, d] on the model's device,
         still empty; and ready(), to be called before leaf is used. It raises what went
@@ -63,7 +63,7 @@ class Fetch:
             on_host = torch.empty(row_ids.shape, dtype=row_ids.dtype, pin_memory=True)
             row_ids = on_host.copy_(row_ids, non_blocking=True)
             arrived = torch.cuda.current_stream(leaf.device).record_event()
-        # detach: the worker fills it, whether or not autograd follows leaf by then
+        # detach: leaf becomes a leaf of autograd while the worker still writes to it
         job = (table, row_ids, leaf.detach(), arrived)
         if self.worker is not None:
             wait_for_gather = self.worker.submit(self.gather, *job).result
@@ -74,14 +74,15 @@ class Fetch:
 
     def gather(self, table, row_ids, leaf, arrived):
         """Fill leaf. For a GPU, return the event behind the copy that fills it. arrived:
-        the event after which row_ids can be read and leaf's memory is free."""
+        the event after which row_ids can be read, and no earlier work of the GPU uses
+        leaf's memory."""
         if not leaf.is_cuda:
             take(table, row_ids, leaf)
             return None
         if self.worker is not None:
             arrived.synchronize()
         else:
-            # the GPU is behind the program: wait until it has reached the place of use
+            # what the program has queued is not done yet: wait until the GPU is here too
             torch.cuda.current_stream(leaf.device).synchronize()
         staging = torch.empty(leaf.shape, dtype=leaf.dtype, pin_memory=True)
         take(table, row_ids, staging)
@@ -91,8 +92,8 @@ class Fetch:
         # and that mode belongs to a thread
         with torch.cuda.stream(self.copy_stream), torch.inference_mode(leaf.is_inference()):
             leaf.copy_(staging, non_blocking=True)
-            # torch reuses the memory of staging and leaf only after this copy, even if
-            # they are dropped before it has run
+            # torch reuses the memory of leaf only after this copy, even if it is dropped
+            # before; for pinned memory, as staging's, it sees to that by itself
             leaf.record_stream(self.copy_stream)
             return self.copy_stream.record_event()
 

@@ -73,7 +73,7 @@ class Config:
                            "in a new order")
     tokens_per_step: int = optim_opt(2048, "tokens per optimiser step")
     batch_size: int = optim_opt(8, "sequences per forward pass; the gradients of a step's "
-                                "passes are summed, so this changes memory and speed only")
+                                "passes are averaged, so this changes memory and speed only")
     lr: float = optim_opt(8e-3, "peak learning rate")
     table_lr: float = optim_opt(5.0, "the tables' learning rate over lr (paper: 5)")
     warmup_share: float = optim_opt(0.05, "share of the steps in which the rate rises")
@@ -103,13 +103,12 @@ PRESETS = {"laptop": {}, "small": SMALL, "gpu": GPU}
 # ---- the loop --------------------------------------------------------------------------
 
 def train(name, shape, cfg, tell):
-    """Train one model. Write out_dir/name/log.jsonl (a header
-    line, then one line per evaluation) and out_dir/name/ckpt.pt, each atomically.
-
-    tell(name, step, loss, record) is called after each step and evaluation."""
+    """Train one model. Write out_dir/name/log.jsonl (a header line, then one line per
+    evaluation) and out_dir/name/ckpt.pt, each atomically. After each step and evaluation
+    call tell(name, step, loss, record), an arms.Progress."""
     data = load_data(cfg, shape.block_size)
     path, device = Path(cfg.out_dir) / name / "ckpt.pt", torch.device(cfg.device)
-    model, backbone, tables, state = start(path, shape, cfg, data)
+    model, backbone, row_adam, state = start(path, shape, cfg, data)
     # compiled or not, it is the same model; evaluation uses it uncompiled
     forward = torch.compile(model) if cfg.compile else model
     moes = [block.moe for block in model.blocks if block.moe.n_expert]
@@ -131,10 +130,10 @@ def train(name, shape, cfg, tell):
             spent = time.perf_counter() - began                    # in training alone
             state["step"], state["seconds"] = step, state["seconds"] + spent
             record = progress(state, cfg, lr, losses, loads, spent)
-            record |= evaluate(model, tables, data, cfg.batch_size, autocast(cfg))
+            record |= evaluate(model, row_adam, data, cfg.batch_size, autocast(cfg))
             check_finite(record["val_loss"], step, path)
             state["records"].append(record)
-            save(path, model, backbone, tables, state)
+            save(path, model, backbone, row_adam, state)
             tell(name, step, None, record)
             plot(cfg.out_dir)
             began, losses, loads = time.perf_counter(), [], []
@@ -167,11 +166,11 @@ def train(name, shape, cfg, tell):
                 group["lr"] = lr * group["lr_scale"]
             optimizer.step()
             optimizer.zero_grad()
-        tables.step(reads, lr * cfg.table_lr)
-        # balance the experts, and note how uneven their load was
-        load = sum(moe.move_bias(cfg.balance_step * lr / cfg.lr) for moe in moes)
+        row_adam.step(reads, lr * cfg.table_lr)
+        # balance the experts; each layer returns how uneven its load was
+        uneven = [moe.move_bias(cfg.balance_step * lr / cfg.lr) for moe in moes]
+        loads.append(sum(uneven) / max(1, len(moes)))
         losses.append(loss)
-        loads.append(load / max(1, len(moes)))
         tell(name, step + 1, loss)
 
 
@@ -184,7 +183,7 @@ def start(path, shape, cfg, data):
     run |= flat(asdict(shape))
     run["tokenizer"] = data.meta["tokenizer"]["sha256"]
     run |= {f"{split} data": data.meta[split]["sha256"] for split in ("train", "val")}
-    # weights, gradients and two moments, of at most so many numbers each
+    # weights, gradients and two moments, 4 bytes a number
     need, free = 4 * 4 * count(shape)["parameters"], free_memory()
     if 0 < free < need:
         fail(f"training this model takes up to {need / 1e9:,.1f} GB, {free / 1e9:.1f} GB are "
@@ -193,7 +192,8 @@ def start(path, shape, cfg, data):
     saved = None
     if path.exists():
         saved, model = load_checkpoint(path)
-        # --steps may change, but not below those already trained; its schedule holds
+        # --steps may change, but not below those already trained; from here on the
+        # schedule is that of the new --steps
         allowed = saved["run"] | {"steps": max(cfg.steps, saved["step"])}
         differ = differences(allowed, run)
         if differ:
@@ -205,7 +205,7 @@ def start(path, shape, cfg, data):
     place(model, cfg.device, "host" if path.parent.name == "large" else cfg.table)
     if torch.device(cfg.device).type not in ("cpu", "cuda"):
         check_rows(model, torch.from_numpy(data.batch(0)[0]))
-    backbone, tables = optimisers(model, cfg)
+    backbone, row_adam = optimisers(model, cfg)
     header = describe(path.parent.name, model, cfg, data)
     state = {"step": 0, "seconds": 0.0, "records": [], "header": header, "run": run,
              "shape": asdict(shape), "tokenizer": data.meta["tokenizer"],
@@ -215,7 +215,7 @@ def start(path, shape, cfg, data):
         tqdm.write(f"{path.parent.name:6s} continues after step {saved['step']:,}")
         for optimizer, old in zip(backbone, saved["backbone"], strict=True):
             optimizer.load_state_dict(old)
-        for moments, old in zip(tables.state, saved["tables"], strict=True):
+        for moments, old in zip(row_adam.state, saved["tables"], strict=True):
             for key in moments:
                 moments[key].copy_(old[key])
         # the header stays the first one's; what begins now is added to it
@@ -226,7 +226,7 @@ def start(path, shape, cfg, data):
         saved["header"]["config"]["steps"] = cfg.steps
         state |= {key: saved[key] for key in ("step", "seconds", "records", "header")}
         write_log(path.with_name("log.jsonl"), state)
-    return model, backbone, tables, state
+    return model, backbone, row_adam, state
 
 
 def optimisers(model, cfg):
@@ -311,7 +311,7 @@ def watch(model):
             vars(engram).pop("gate", None)
 
 
-def evaluate(model, tables, data, batch_size, precision):
+def evaluate(model, row_adam, data, batch_size, precision):
     """Return the losses on the validation set, always the same tokens, and signs that the
     memory is alive, a number per memory layer: mean, spread and percentiles of the gate,
     |output| / |h|, share of the rows that training has visited. Draw no random numbers."""
@@ -319,7 +319,7 @@ def evaluate(model, tables, data, batch_size, precision):
     with watch(model) as seen:
         losses = token_losses(model, data.val_x, data.val_y, batch_size, precision)
     record = data.score(losses.double().numpy())
-    for layer, moments in zip(seen, tables.state, strict=True):
+    for layer, moments in zip(seen, row_adam.state, strict=True):
         signs = {"out_over_h": np.mean(layer["added"]),
                  "rows_touched": (moments["visits"] > 0).float().mean()}
         if layer["gate"]:
@@ -360,10 +360,10 @@ def describe(name, model, cfg, data):
             "threads": torch.get_num_threads()}
 
 
-def save(path, model, backbone, tables, state):
+def save(path, model, backbone, row_adam, state):
     """Write log and checkpoint. The log first: a checkpoint is never ahead of it."""
     write_log(path.with_name("log.jsonl"), state)
-    content = {"model": model.state_dict(), "tables": tables.state,
+    content = {"model": model.state_dict(), "tables": row_adam.state,
                "backbone": [optimizer.state_dict() for optimizer in backbone], **state}
     write_whole(path, partial(torch.save, content))
 
@@ -391,7 +391,7 @@ def read_flags(argv):
 
 def checkpoints(cfg):
     """Return {model: path of its checkpoint}, if --resume fits them. Settle --dtype."""
-    # either none of them has been begun, or --resume is given
+    # refuse to begin again what exists
     names = ["moe", "engram", "large"] if cfg.model == "all" else [cfg.model]
     paths = {name: Path(cfg.out_dir) / name / "ckpt.pt" for name in names}
     there = [path for path in paths.values() if path.exists()]
@@ -412,12 +412,12 @@ def checkpoints(cfg):
 def main(argv=None):
     keep_freed_memory()
     cfg, shape = read_flags(argv)
-    # fail now, not at the first plot, if something is missing: a compiler, matplotlib
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # all processes end, the first says why
         if os.environ.get("RANK", "0") != "0":
             raise SystemExit(2)
         fail("several processes are not supported: start python train.py, not torchrun")
+    # fail now, not at the first step or plot, if a compiler or matplotlib is missing
     compilers = (os.environ.get("CXX", "g++"), "clang++")
     if cfg.compile and not any(map(shutil.which, compilers)):
         fail("--compile needs a C++ compiler; there is no g++ or clang++ here: leave it out")
