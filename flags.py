@@ -81,10 +81,12 @@ def check_device(device):
 
 def check_numbers(cfg, block_size):
     """Raise ValueError for numbers in a train.Config that make no sense."""
-    for name in ("steps", "tokens_per_step", "batch_size", "eval_every", "eval_tokens"):
+    for name in ("steps", "tokens_per_step", "batch_size", "eval_every", "eval_tokens",
+                 "large"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"{name} {getattr(cfg, name)}: must be 1 or more")
-    for name in ("lr", "table_lr", "grad_clip", "weight_decay", "balance_step", "seed"):
+    for name in ("lr", "table_lr", "embed_lr", "grad_clip", "weight_decay", "balance_step",
+                 "seed"):
         if not 0 <= getattr(cfg, name) < math.inf:
             raise ValueError(f"{name} {getattr(cfg, name)}: must be 0 or more")
     if cfg.lr == 0:

@@ -24,7 +24,7 @@ from moe import MoE
 
 @dataclass
 class GPTConfig:
-    vocab_size: int = 1024
+    vocab_size: int = 4096
     block_size: int = opt(256, "context length, in tokens")
     n_layer: int = opt(4, "blocks")
     n_head: int = opt(4, "attention heads")
@@ -49,6 +49,9 @@ class GPTConfig:
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd {self.n_embd} must be a multiple of 2 * n_head = "
                              f"{2 * self.n_head}: rotary embedding turns pairs within a head")
+        if self.conv_in >= self.n_layer:
+            raise ValueError(f"conv_in {self.conv_in}: the model has blocks 0 to "
+                             f"{self.n_layer - 1}")
         if 0 < self.n_expert < self.top_k:
             raise ValueError(f"top_k {self.top_k}: must be at most n_expert, "
                              f"{self.n_expert}")

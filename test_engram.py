@@ -49,7 +49,7 @@ from moe import MoE
 from muon import Muon
 from offload import Fetch, check_rows, place
 from prepare_data import EOT
-from twins import dense_twin, make_twins
+from twins import crowding, dense_twin, make_twins
 
 HERE = Path(__file__).resolve().parent
 VOCAB = 60
@@ -447,14 +447,25 @@ def test_twins_agree(rho, memory, monkeypatch):
     assert a["bytes_read_per_token"] == 4 * values
 
 
+def test_n_grams_that_share_a_row():
+    """Token ids counted for canonical ids, or all n-grams for the different ones."""
+    tokens, pieces = np.array([0, 1, 2, 0, 1, 3, 0, 1]), [b"a", b"b", b"c", b" A"]
+    said = crowding(EngramConfig(rows=(2, 4)), tokens, pieces)
+    assert said == "2.5 2-grams and 1.5 3-grams"    # ab bc ca ba aa; abc bca cab aba baa aab
+    for compress, share in ((True, "1.0"), (False, "1.5")):
+        memory = EngramConfig(orders=(2,), rows=2, compress=compress)
+        assert crowding(memory, np.array([0, 1, 3, 1]), pieces) == f"{share} 2-grams"
+
+
+@pytest.mark.parametrize("untied", [False, True])
 @pytest.mark.parametrize("name", ["engram", "moe", "dense"])
-def test_flops_per_token(name):
+def test_flops_per_token(name, untied):
     """A matmul not counted, a table counted, a dense model with experts or memory left."""
-    shapes = make_twins(GPTConfig(), 0.75)[0]
+    shapes = make_twins(GPTConfig(untied=untied), 0.75)[0]
     shape = (shapes | {"dense": dense_twin(shapes["moe"])})[name]
     model, T = GPT(shape, np.arange(4096)).eval(), 64
     size = model.accounting()
-    assert (size["P_sparse"] == 0) == (name == "dense")
+    assert (size["P_sparse"] == 0) == (name == "dense" and not untied)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, T, dtype=torch.long))
     attention = 4 * shape.n_layer * shape.n_embd * shape.block_size
@@ -651,7 +662,8 @@ def test_checkpoints_that_do_not_fit_are_refused(corpus, tmp_path, refused, monk
 @pytest.mark.parametrize("script, flags, word", [
     (train, "--no_such_flag 1", "unrecognized"), (train, "--lr nan", "lr nan"),
     (train, "--n_head 3", "2 * n_head"), (train, "--batch_size 3", "batch_size * block"),
-    (train, "--engram_blocks 7", "blocks 0 to 1"), (train, "--rho 1", "below 1"),
+    (train, "--engram_blocks 7", "blocks 0 to 1"), (train, "--conv_in 2", "blocks 0 to 1"),
+    (train, "--large 0", "large 0"), (train, "--lr 0", "lr 0"), (train, "--rho 1", "below 1"),
     (train, "--engram_orders 3 2", "increasing"), (train, "--rho 0.9", "no row"),
     (train, "--top_k 9", "n_expert"), (train, "--n_expert 0", "need experts"),
     (train, "--device mps", "--device cpu"), (train, "--dataset no", "not prepared"),
@@ -712,13 +724,17 @@ def started(*command):
             child.kill()
 
 
-def test_ctrl_c_shows_how_to_continue(corpus, tmp_path):
-    """A traceback, another exit code than 130, or a command that does not resume."""
+@pytest.mark.parametrize("threads", ["1", "2"])
+def test_ctrl_c_shows_how_to_continue(corpus, tmp_path, monkeypatch, threads):
+    """A traceback, another exit code than 130, a command that does not resume; with two
+    threads, models side by side: a process that trains on."""
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
     argv = [*corpus, *TINY, "--steps", "3000", "--out_dir", str(tmp_path)]
     with started("train.py", *argv) as stopped:
         wait_until((tmp_path / "moe" / "ckpt.pt").exists, 120)
         stopped.send_signal(signal.SIGINT)
-        said = stopped.communicate()[1]
+        # the pipes close when the last process has ended
+        said = stopped.communicate(timeout=60)[1]
     assert stopped.returncode == 130 and "Traceback" not in said
     with started(*said.strip().partition("continue with: python ")[2].split()):
         wait_until(lambda: "resumed" in log(tmp_path, "moe")[0], 120)

@@ -37,7 +37,9 @@ from runs import crossing, read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 LAPTOP = "--preset laptop --dtype bfloat16 --data_dir data"
-SMALL = "--preset small --dtype float32 --data_dir data"
+# An earlier and smaller shape, with AdamW.
+SMALL = ("--preset small --dtype float32 --data_dir data --n_expert 32 --rho 0.75 --optimizer "
+         "adamw --lr 0.004")
 
 
 class Arm(NamedTuple):
@@ -45,16 +47,13 @@ class Arm(NamedTuple):
     title: str
 
 
-ENGRAM = Arm("--model engram", "Engram")
-MOE = Arm("--model moe", "MoE-only twin")
-# The convolution stays Engram's: another one would be a second change, and a large one.
-TOKEN = "--engram_orders 1 --engram_heads 8 --engram_conv_dilation 3"
-
-
 def engram_arm(flags, title):
-    return Arm(f"{ENGRAM.flags} {flags}", title)
+    return Arm(f"--model engram {flags}", title)
 
 
+MOE, ENGRAM = Arm("--model moe", "MoE-only twin"), Arm("--model engram", "Engram")
+# A control changes one thing: its convolution is Engram's.
+TOKEN = "--engram_orders 1 --engram_heads 8 --engram_conv_dilation 3"
 TWINS = {
     "moe": MOE,
     "fewer": Arm("--model moe --n_expert 6", "MoE-only, 3/4 of the experts"),
@@ -62,40 +61,51 @@ TWINS = {
     "token": engram_arm(TOKEN, "table addressed by the current token alone"),
     "engram": ENGRAM,
     "large": Arm("--model large", "Engram, 16 times the rows (no twin)")}
-RATES = {f"{name} {lr}": Arm(f"{arm.flags} --lr {lr}", f"{arm.title}, rate {lr}")
-         for name, arm in (("moe", MOE), ("engram", ENGRAM)) for lr in (0.004, 0.008, 0.016)}
-OPTIMISERS = {"muon": MOE,
-              "adamw": Arm("--model moe --optimizer adamw --lr 0.004", "MoE-only twin, AdamW")}
-EXPERTS = {str(n): Arm(f"--model moe --n_expert {n}", f"{n} experts") for n in (4, 6, 8, 16)}
-ALLOCATION = {"1": Arm("--model moe", "rho 1, MoE-only twin")}
-ALLOCATION |= {rho: engram_arm(f"--rho {rho}", f"rho {rho}")
-               for rho in ("0.9", "0.75", "0.5", "0.25", "0")}
 # An input embedding of 1,024 x 128 is paid for by narrower experts; what a token uses stays.
 UNTIED = "--model moe --untied --expert_hidden 116 --shared_hidden 148"
-CONTROLS = {
+BASELINES = {
     "moe": MOE,
+    "adamw": Arm("--model moe --optimizer adamw --lr 0.004", "MoE-only twin, AdamW"),
     "untied": Arm(UNTIED, "MoE-only, untied input embedding"),
     "untied 5": Arm(f"{UNTIED} --embed_lr 5", "MoE-only, untied, five times the rate"),
     "token alone": engram_arm(f"{TOKEN} --engram_conv_kernel 0",
                               "current token alone, no convolution"),
     "no conv": engram_arm("--engram_conv_kernel 0", "Engram without its convolution"),
     "engram": ENGRAM}
-MEMORY = {str(n): Arm(f"--model large --large {n}", f"{n} times the rows")
-          for n in (1, 4, 16, 64)}
-PARTS = {
+RATES = {f"{name} {lr}": Arm(f"{arm.flags} --lr {lr}", f"{arm.title}, rate {lr}")
+         for name, arm in (("engram", ENGRAM), ("moe", MOE)) for lr in ("0.002", "0.004", "0.008")}
+EXPERTS = {"half": Arm("--model moe --n_expert 16", "16 experts"),
+           "moe": Arm("--model moe", "32 experts")}
+# Routers of dropped experts are active parameters too. The width of the shared expert makes
+# up for them, so that P_act stays that of rho 1 (test_experiments.py asserts it).
+ALLOCATION = {
+    "1": Arm("--model moe", "rho 1, MoE-only twin"),
+    "0.9": Arm("--model engram --rho 0.9 --shared_hidden 63", "rho 0.9"),
+    "0.75": Arm("--model engram --rho 0.75", "rho 0.75"),
+    "0.5": Arm("--model engram --rho 0.5 --shared_hidden 66", "rho 0.5"),
+    "0.25": Arm("--model engram --rho 0.25 --shared_hidden 69", "rho 0.25"),
+    "0": Arm("--model engram --rho 0 --shared_hidden 72", "rho 0")}
+CONTROLS = {
     "engram": ENGRAM,
+    "moe": MOE,
+    "one row": engram_arm("--engram_rows 1", "one row per head (capacity 1)"),
     "bigrams": engram_arm("--engram_orders 2 --engram_heads 8 --engram_conv_dilation 3",
                           "2-grams only"),
-    # d_mem is 132; that of orders 2 and 3 is 128
-    "4-grams": engram_arm("--engram_orders 2 3 4 --engram_width 11", "2- to 4-grams"),
-    "one row": engram_arm("--engram_rows 1", "one row per head (capacity 1)"),
     "raw": engram_arm("--no-engram_compress", "no compression"),
-    "ungated": engram_arm("--engram_gate off", "no gate"),
+    "ungated": engram_arm("--engram_gate off", "no gate")}
+MEMORY = {str(n): engram_arm(f"--engram_rows {n}", f"{n:,} rows per head")
+          for n in (2 ** 12, 2 ** 14, 2 ** 17, 2 ** 20)}
+# d_mem is 132; that of orders 2 and 3 is 128
+FOUR = "--engram_orders 2 3 4 --engram_width 11"
+PARTS = {
+    "engram": ENGRAM,
+    "4-grams": engram_arm(FOUR, "2- to 4-grams"),
     "stop": engram_arm("--engram_stop_at_eot", "look-back stops at end of text"),
-    "rate 1": engram_arm("--table_lr 1", "table rate x1")}
-PLACEMENT = {" ".join(where): engram_arm(f"--engram_blocks {' '.join(where)}",
-                                         f"in block {' '.join(where)}")
-             for where in ("0", "1", "2", "3", "12")}
+    "rate 1": engram_arm("--table_lr 1", "table rate x1"),
+    "v4.1": engram_arm(f"{FOUR} --engram_conv_kernel 0 --engram_stop_at_eot "
+                       "--no-engram_bias", "DeepSeek-V4.1's variant")}
+PLACEMENT = {"1": Arm(ENGRAM.flags, "in block 1"),
+             "0 1 2": engram_arm("--engram_blocks 0 1 2", "in block 0 1 2")}
 
 
 class Sweep(NamedTuple):
@@ -114,21 +124,22 @@ class Sweep(NamedTuple):
 
 def sweeps():
     """Return {name: Sweep}."""
+    small = partial(Sweep, SMALL, steps=1500)
     return {
-        "twins": Sweep(LAPTOP, TWINS, "moe", say_twins, draw_curves,
-                       evaluations=8, seeds=5),
-        "rates": Sweep(LAPTOP, RATES, "moe 0.008", seeds=1, first_seed=10),
-        "optimisers": Sweep(LAPTOP, OPTIMISERS, "muon"),
-        "controls": Sweep(LAPTOP, CONTROLS, "moe", None, draw_differences),
-        "experts": Sweep(LAPTOP, EXPERTS, "8"),
-        "allocation": Sweep(LAPTOP, ALLOCATION, "1", None, draw_differences,
+        "twins": Sweep(LAPTOP, TWINS, "moe", say_twins, draw_curves, evaluations=8, seeds=5),
+        "baselines": Sweep(LAPTOP, BASELINES, "moe", None, draw_differences,
+                           "What else lowers the loss"),
+        "rates": small(RATES, "moe 0.004", seeds=1, first_seed=10),
+        "experts": small(EXPERTS, "half"),
+        "allocation": small(ALLOCATION, "1", None, draw_differences,
                             "Which share of the sparse parameters should experts keep?",
                             along=True),
-        "memory": Sweep(LAPTOP, MEMORY, "1", say_memory, draw_differences,
+        "controls": small(CONTROLS, "engram", None, draw_differences,
+                          "What is lost without one part of Engram"),
+        "memory": small(MEMORY, "4096", say_memory, draw_differences,
                         "What more rows bring at the same compute", along=True),
-        "parts": Sweep(LAPTOP, PARTS, "engram", None, draw_differences,
-                       "What is lost without one part of Engram"),
-        "placement": Sweep(LAPTOP, PLACEMENT, "1")}
+        "parts": small(PARTS, "engram"),
+        "placement": small(PLACEMENT, "1")}
 
 
 # ---- runs ----------------------------------------------------------------------------
