@@ -64,12 +64,12 @@ class Config:
     compile: bool = run_opt(False, "use torch.compile; compiling takes a while, so it does "
                             "not pay for short runs")
     seed: int = run_opt(0, "seed of the initial weights and of the order of the data")
-    eval_every: int = run_opt(125, "steps between evaluations; each writes a checkpoint")
+    eval_every: int = run_opt(75, "steps between evaluations; each writes a checkpoint")
     dataset: str = data_opt("auto", "python, tinystories, openwebtext or a name of your own; "
                             "auto: tinystories on an accelerator, else python")
     data_dir: str = data_opt("data", "folder that prepare_data.py writes to")
     eval_tokens: int = data_opt(65536, "validation tokens, the same at every evaluation")
-    steps: int = optim_opt(1000, "optimiser steps; after a pass over the data it comes again "
+    steps: int = optim_opt(600, "optimiser steps; after a pass over the data it comes again "
                            "in a new order")
     tokens_per_step: int = optim_opt(2048, "tokens per optimiser step")
     batch_size: int = optim_opt(8, "sequences per forward pass; the gradients of a step's "

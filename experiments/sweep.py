@@ -72,6 +72,9 @@ BASELINES = {
                               "current token alone, no convolution"),
     "no conv": engram_arm("--engram_conv_kernel 0", "Engram without its convolution"),
     "engram": ENGRAM}
+LAPTOP_RATES = {f"{name} {lr}": Arm(f"{arm.flags} --lr {lr}", f"{arm.title}, rate {lr}")
+                for name, arm in (("moe", MOE), ("engram", ENGRAM))
+                for lr in ("0.004", "0.008", "0.016")}
 RATES = {f"{name} {lr}": Arm(f"{arm.flags} --lr {lr}", f"{arm.title}, rate {lr}")
          for name, arm in (("engram", ENGRAM), ("moe", MOE)) for lr in ("0.002", "0.004", "0.008")}
 EXPERTS = {"half": Arm("--model moe --n_expert 16", "16 experts"),
@@ -116,7 +119,7 @@ class Sweep(NamedTuple):
     draw: Callable | None = None     # draw(axes, sweep, runs)
     heading: str = ""                # of the picture
     along: bool = False              # are the names of the arms numbers to draw along?
-    steps: int = 1000
+    steps: int = 600
     evaluations: int = 4
     seeds: int = 3
     first_seed: int = 11             # seed 10 chooses rates, and is used for nothing else
@@ -126,9 +129,11 @@ def sweeps():
     """Return {name: Sweep}."""
     small = partial(Sweep, SMALL, steps=1500)
     return {
-        "twins": Sweep(LAPTOP, TWINS, "moe", say_twins, draw_curves, evaluations=8, seeds=5),
+        "twins": Sweep(LAPTOP, TWINS, "moe", say_twins, draw_curves, evaluations=8, seeds=5,
+                       first_seed=21),
         "baselines": Sweep(LAPTOP, BASELINES, "moe", None, draw_differences,
-                           "What else lowers the loss"),
+                           "What else lowers the loss", first_seed=21),
+        "laptop_rates": Sweep(LAPTOP, LAPTOP_RATES, "moe 0.008", seeds=1, first_seed=10),
         "rates": small(RATES, "moe 0.004", seeds=1, first_seed=10),
         "experts": small(EXPERTS, "half"),
         "allocation": small(ALLOCATION, "1", None, draw_differences,
