@@ -72,12 +72,10 @@ def side_by_side(jobs, tell):
     signal.signal(signal.SIGINT, before)
     try:
         running = True
-        while running:
-            # first look who runs, then empty the queue: nothing that was told is lost
+        while running or not told.empty():
             running = any(process.is_alive() for process in children.values())
             try:
-                while True:
-                    tell(*told.get(timeout=0.2))
+                tell(*told.get(timeout=0.2))
             except queue.Empty:
                 pass
             for name, process in children.items():

@@ -558,8 +558,10 @@ def test_side_by_side(corpus, tmp_path, capsys, refused):
                 assert line.endswith(gap) != (name == "moe")
     assert same_run(*folders)
     (folders[1] / "large" / "ckpt.pt").write_bytes(b"")
-    argv = shlex.join([*corpus, *TINY, "--steps", "16", "--out_dir", str(folders[1])])
-    said = one_error(shell(f"OMP_NUM_THREADS=2 python train.py --resume {argv}"))
+    # while the others have long to go
+    argv = shlex.join([*corpus, *TINY, "--steps", "50000", "--out_dir", str(folders[1])])
+    limit = f"OMP_NUM_THREADS=2 timeout 60 {sys.executable}"
+    said = one_error(shell(f"{limit} train.py --resume {argv}"))
     assert "large/ckpt.pt is not a readable checkpoint" in said
 
 

@@ -202,8 +202,10 @@ def start(path, shape, cfg, data):
         compress = not shape.engram or shape.engram.compress
         model = GPT(shape, canonical_ids(data.token_bytes, compress))
     # move it, and then make optimisers of what has been moved
-    place(model, cfg.device, "host" if path.parent.name == "large" else cfg.table)
-    if torch.device(cfg.device).type not in ("cpu", "cuda"):
+    tried = torch.device(cfg.device).type in ("cpu", "cuda")
+    in_host = path.parent.name == "large" and tried
+    place(model, cfg.device, "host" if in_host else cfg.table)
+    if not tried:
         check_rows(model, torch.from_numpy(data.batch(0)[0]))
     backbone, row_adam = optimisers(model, cfg)
     header = describe(path.parent.name, model, cfg, data)

@@ -72,11 +72,9 @@ BASELINES = {
                               "current token alone, no convolution"),
     "no conv": engram_arm("--engram_conv_kernel 0", "Engram without its convolution"),
     "engram": ENGRAM}
-LAPTOP_RATES = {f"{name} {lr}": Arm(f"{arm.flags} --lr {lr}", f"{arm.title}, rate {lr}")
-                for name, arm in (("moe", MOE), ("engram", ENGRAM))
-                for lr in ("0.004", "0.008", "0.016")}
 RATES = {f"{name} {lr}": Arm(f"{arm.flags} --lr {lr}", f"{arm.title}, rate {lr}")
-         for name, arm in (("engram", ENGRAM), ("moe", MOE)) for lr in ("0.002", "0.004", "0.008")}
+         for name, arm in (("moe", MOE), ("engram", ENGRAM))
+         for lr in ("0.004", "0.008", "0.016")}
 EXPERTS = {"half": Arm("--model moe --n_expert 16", "16 experts"),
            "moe": Arm("--model moe", "32 experts")}
 # Routers of dropped experts are active parameters too. The width of the shared expert makes
@@ -98,24 +96,13 @@ CONTROLS = {
     "ungated": engram_arm("--engram_gate off", "no gate")}
 MEMORY = {str(n): engram_arm(f"--engram_rows {n}", f"{n:,} rows per head")
           for n in (2 ** 12, 2 ** 14, 2 ** 17, 2 ** 20)}
-# d_mem is 132; that of orders 2 and 3 is 128
-FOUR = "--engram_orders 2 3 4 --engram_width 11"
-PARTS = {
-    "engram": ENGRAM,
-    "4-grams": engram_arm(FOUR, "2- to 4-grams"),
-    "stop": engram_arm("--engram_stop_at_eot", "look-back stops at end of text"),
-    "rate 1": engram_arm("--table_lr 1", "table rate x1"),
-    "v4.1": engram_arm(f"{FOUR} --engram_conv_kernel 0 --engram_stop_at_eot "
-                       "--no-engram_bias", "DeepSeek-V4.1's variant")}
-PLACEMENT = {"1": Arm(ENGRAM.flags, "in block 1"),
-             "0 1 2": engram_arm("--engram_blocks 0 1 2", "in block 0 1 2")}
 
 
 class Sweep(NamedTuple):
     base: str                        # flags that all arms share
     arms: dict                       # {name: Arm}
     reference: str
-    say: Callable | None = None      # say(sweep, runs): what was found, in a sentence
+    say: Callable | None = None      # say(sweep, runs): what was found, in lines
     draw: Callable | None = None     # draw(axes, sweep, runs)
     heading: str = ""                # of the picture
     along: bool = False              # are the names of the arms numbers to draw along?
@@ -129,12 +116,11 @@ def sweeps():
     """Return {name: Sweep}."""
     small = partial(Sweep, SMALL, steps=1500)
     return {
-        "twins": Sweep(LAPTOP, TWINS, "moe", say_twins, draw_curves, evaluations=8, seeds=5,
+        "twins": Sweep(LAPTOP, TWINS, "moe", say_claims, draw_curves, evaluations=8, seeds=5,
                        first_seed=21),
-        "baselines": Sweep(LAPTOP, BASELINES, "moe", None, draw_differences,
+        "baselines": Sweep(LAPTOP, BASELINES, "moe", say_claims, draw_differences,
                            "What else lowers the loss", first_seed=21),
-        "laptop_rates": Sweep(LAPTOP, LAPTOP_RATES, "moe 0.008", seeds=1, first_seed=10),
-        "rates": small(RATES, "moe 0.004", seeds=1, first_seed=10),
+        "rates": Sweep(LAPTOP, RATES, "moe 0.008", seeds=1, first_seed=10),
         "experts": small(EXPERTS, "half"),
         "allocation": small(ALLOCATION, "1", None, draw_differences,
                             "Which share of the sparse parameters should experts keep?",
@@ -142,9 +128,7 @@ def sweeps():
         "controls": small(CONTROLS, "engram", None, draw_differences,
                           "What is lost without one part of Engram"),
         "memory": small(MEMORY, "4096", say_memory, draw_differences,
-                        "What more rows bring at the same compute", along=True),
-        "parts": small(PARTS, "engram"),
-        "placement": small(PLACEMENT, "1")}
+                        "What more rows bring at the same compute", along=True)}
 
 
 # ---- runs ----------------------------------------------------------------------------
@@ -286,20 +270,34 @@ def table(sweep, runs):
     return lines
 
 
-def say_twins(sweep, runs):
-    """Say where Engram's curve passes its twin's last loss."""
-    difference, shares = gaps(runs, "engram", "moe"), []
+# (arm, what it is compared with, what the difference is worth)
+CLAIMS = (("engram", "moe", "Memory instead of experts"),
+          ("large", "engram", "More memory at the same compute"),
+          ("engram", "token", "N-grams instead of single tokens in the table"),
+          ("token", "moe", "A table of single tokens instead of experts"),
+          ("conv", "moe", "Engram's convolution without a table"),
+          ("fewer", "moe", "A quarter of the experts less"),
+          ("no conv", "token alone", "N-grams instead of single tokens, no convolution"))
+
+
+def say_claims(sweep, runs):
+    """Say what each difference is worth, and where Engram passes its twin's last loss."""
+    lines = []
+    for arm, other, claim in CLAIMS:
+        if arm in runs and other in runs:
+            lines.append(f"{claim}: {verdict(gaps(runs, arm, other))}")
+    shares = []
     for seed, run in runs.get("engram", {}).items():
         if seed in runs["moe"]:
             end = last(runs["moe"][seed])
             tokens = crossing(run["records"], end["val_loss"])
             if tokens is not None:
                 shares.append(tokens / end["tokens"])
-    said = (f"Engram minus its twin: {verdict(difference)}. Engram reached its twin's last "
-            f"loss in {len(shares)} of {len(difference)} pairs")
     if shares:
-        said += f", after {statistics.mean(shares):.0%} of the tokens"
-    return said
+        lines.append(f"Engram reached its twin's last loss in {len(shares)} of "
+                     f"{len(runs['engram'])} runs, after {statistics.mean(shares):.0%} of the "
+                     "tokens")
+    return lines
 
 
 def say_memory(sweep, runs):
@@ -313,8 +311,8 @@ def say_memory(sweep, runs):
     for before, arm in zip(list(runs)[:-1], list(runs)[1:]):
         width = np.log2(int(arm) / int(before))
         steps.append(verdict([gap / width for gap in gaps(runs, arm, before)]))
-    return (f"Loss per doubling of the rows: {verdict(slopes)}; from point to point: "
-            f"{'; '.join(steps)}")
+    return [f"Loss per doubling of the rows: {verdict(slopes)}; from point to point: "
+            f"{'; '.join(steps)}"]
 
 
 # ---- pictures ------------------------------------------------------------------------
@@ -404,7 +402,7 @@ def main(argv=None):
     lines = table(sweep, runs)
     print(*lines, sep="\n")
     if sweep.say:
-        print("", sweep.say(sweep, runs), sep="\n")
+        print("", *sweep.say(sweep, runs), sep="\n")
     print(f"runs: {path}")
     if sweep.draw:
         draw_picture(path, partial(sweep.draw, sweep=sweep, runs=runs))
