@@ -436,8 +436,7 @@ def main(argv=None):
         if shapes[name].engram:
             trained = data.train[:cfg.steps * cfg.tokens_per_step]
             share = crowding(shapes[name].engram, trained, data.token_bytes)
-            lines.append(f"{name:8s}{share} of the text share a row; above ten, a larger table "
-                         "would help")
+            lines.append(f"{name:8s}{share} of the text share a row (above ten is crowded)")
     lines += [f"data    {data.name}: {cfg.steps:,} steps x {cfg.tokens_per_step:,} tokens are "
               f"{data.passes:.2f} passes over {len(data.train):,} tokens;",
               f"        validated on {data.val_y.size:,} others"]

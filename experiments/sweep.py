@@ -90,8 +90,6 @@ CONTROLS = {
     "engram": ENGRAM,
     "moe": MOE,
     "one row": engram_arm("--engram_rows 1", "one row per head (capacity 1)"),
-    "bigrams": engram_arm("--engram_orders 2 --engram_heads 8 --engram_conv_dilation 3",
-                          "2-grams only"),
     "raw": engram_arm("--no-engram_compress", "no compression"),
     "ungated": engram_arm("--engram_gate off", "no gate")}
 MEMORY = {str(n): engram_arm(f"--engram_rows {n}", f"{n:,} rows per head")
