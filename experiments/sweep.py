@@ -117,7 +117,7 @@ def sweeps():
         "twins": Sweep(LAPTOP, TWINS, "moe", say_claims, draw_curves, evaluations=8, seeds=5,
                        first_seed=21),
         "baselines": Sweep(LAPTOP, BASELINES, "moe", say_claims, draw_differences,
-                           "What else lowers the loss", first_seed=21),
+                           "What else lowers the loss", evaluations=8, first_seed=21),
         "rates": Sweep(LAPTOP, RATES, "moe 0.008", seeds=1, first_seed=10),
         "experts": small(EXPERTS, "half"),
         "allocation": small(ALLOCATION, "1", None, draw_differences,
