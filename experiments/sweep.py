@@ -317,6 +317,7 @@ def say_memory(sweep, runs):
 
 def draw_curves(axes, sweep, runs):
     """Draw the loss against tokens: every seed thin, the mean bold."""
+    assert len(runs) <= len(STYLES), "an arm would be left out"
     for (arm, seeds), (colour, line) in zip(runs.items(), STYLES):
         curves = []
         for run in seeds.values():
