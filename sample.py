@@ -232,7 +232,7 @@ def read_flags(argv):
                             help=f"{text} (default: %(default)s)", **how)
 
     add("out_dir", "out", "folder that train.py wrote to")
-    add("model", "engram", "which of its models", choices=("engram", "moe", "dense"))
+    add("model", "engram", "which of its models", choices=("engram", "large", "moe", "dense"))
     parser.add_argument("--prompt", default="", help="text to continue, or FILE:path to take "
                         "it from a file (default: none, a document from its beginning)")
     add("max_new_tokens", 200, "length of a sample; 0: shade the prompt alone")

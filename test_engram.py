@@ -916,6 +916,7 @@ def test_sampling(look):
     assert greedy == texts["--top_k 1"] == texts["--top_p 1e-6"] != texts[""]
     assert texts[""].startswith(texts["--max_new_tokens 5"][:-1])
     assert torch.get_num_threads() == 1
+    assert look("--prompt", "w1 w2", "--model", "large").out.startswith("w1 w2")
 
 
 def test_top_p_keeps_the_nucleus():
