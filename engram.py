@@ -241,8 +241,8 @@ class ShortConv(nn.Module):
     """SiLU(conv(RMSNorm(x))) for x [B, T, D]: each channel is convolved by itself over
     time, looking back only.
 
-    Taps are N positions apart (paper), so that the n-grams they see do not overlap. A sum
-    of shifted products is faster on a CPU than a grouped nn.Conv1d."""
+    Taps are `dilation` positions apart: by default N (paper), so that the n-grams they see
+    do not overlap. A sum of shifted products is faster on a CPU than a grouped nn.Conv1d."""
 
     def __init__(self, n_embd, kernel, dilation):
         super().__init__()
@@ -265,7 +265,7 @@ class ShortConv(nn.Module):
             x = F.pad(x, (0, 0, reach, 0))
         if cache is not None:
             cache["tail"] = x[:, x.size(1) - reach:]
-        # the last tap sees the token itself, the one before it a token further back, ...
+        # the last tap sees the token itself, the one before it sees `dilation` back, ...
         shifted = [x[:, j * self.dilation:j * self.dilation + T] for j in range(kernel)]
         return F.silu(sum(tap * past for tap, past in zip(self.taps, shifted, strict=True)))
 

@@ -229,7 +229,8 @@ class GPT(nn.Module):
         # hand the reads to the blocks that have a memory, in order
         assert len(reads) in (0, len(self.engrams())), f"{len(reads)} reads"
         reads = iter(reads)
-        x = (self.embed_in or self.embed)(idx)
+        embed = self.embed_in if self.cfg.untied else self.embed
+        x = embed(idx)
         for i, block in enumerate(self.blocks):
             read = None
             if block.engram is not None:
@@ -245,55 +246,58 @@ class GPT(nn.Module):
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss
 
-    # ---- accounting
 
-    def parameters_by_kind(self):
-        """Return {kind: how many numbers}, each counted once."""
-        kinds = {".engram.": "engram projections", "embed.": "embedding",
-                 "embed_in.": "input embedding", "norm": "norms", "conv.": "convolution",
-                 ".attn.": "attention", ".router.": "router", ".shared.": "shared experts",
-                 ".w_": "routed experts"}
-        count = dict.fromkeys(kinds.values(), 0)
-        for name, p in self.named_parameters():
-            # the first mark that fits; a parameter that no mark fits is an error
-            mark = next(mark for mark in kinds if mark in name)
-            count[kinds[mark]] += p.numel()
-        count["engram tables"] = sum(engram.table.numel() for engram in self.engrams())
-        return count
+# ---- accounting ----------------------------------------------------------------------
 
-    def accounting(self):
-        """Return the paper's quantities. P_tot: all parameters except the vocabulary
-        embedding, which is also the head. P_act: those that one token uses, of the tables
-        what it reads. P_sparse = P_tot - P_act. And per token: forward FLOPs of matmuls
-        (2 per active weight, the head included, plus attention at full context) and bytes
-        read from the tables. Rows that are not read cost neither."""
-        cfg, count = self.cfg, self.parameters_by_kind()
-        # of all parameters, which does one token use?
-        total = sum(count.values()) - count["embedding"]
-        values_read = sum(e.cfg.rows_read * e.cfg.width for e in self.engrams())
-        idle = 0
-        if cfg.n_expert:
-            idle = round(count["routed experts"] * (1 - cfg.top_k / cfg.n_expert))
-        if cfg.untied:
-            idle += (cfg.vocab_size - 1) * cfg.n_embd
-        active = total - idle - count["engram tables"] + values_read
-        # a weight that is multiplied costs 2 FLOPs; norms and table rows are not multiplied
-        weights = active - values_read - count["norms"] + count["embedding"]
-        weights -= cfg.untied * cfg.n_embd
-        attention = 2 * 2 * cfg.n_layer * cfg.block_size * cfg.n_embd
-        return {"parameters": sum(count.values()), "P_tot": total, "P_act": active,
-                "P_sparse": total - active, "table_parameters": count["engram tables"],
-                "flops_per_token": 2 * weights + attention,
-                "bytes_read_per_token": values_read * self.embed.weight.element_size()}
+def parameters_by_kind(model):
+    """Return {kind: how many numbers}, each counted once."""
+    kinds = {".engram.": "engram projections", "embed.": "embedding",
+             "embed_in.": "input embedding", "norm": "norms", "conv.": "convolution",
+             ".attn.": "attention", ".router.": "router", ".shared.": "shared experts",
+             ".w_": "routed experts"}
+    count = dict.fromkeys(kinds.values(), 0)
+    for name, p in model.named_parameters():
+        # the first mark that fits; a parameter that no mark fits is an error
+        mark = next(mark for mark in kinds if mark in name)
+        count[kinds[mark]] += p.numel()
+    count["engram tables"] = sum(engram.table.numel() for engram in model.engrams())
+    return count
 
-    @torch.no_grad()
-    def hash_probe(self):
-        """Return the row numbers of a fixed text, a list per memory layer. A checkpoint
-        holds them: if they differ now, the hash was changed, and would read wrong rows."""
-        # any text will do, if its n-grams differ
-        idx = torch.arange(12, device=self.canonical.device) * 37 % self.cfg.vocab_size
-        x = self.canonical[idx][None]
-        return [engram.hash(x).flatten().tolist() for engram in self.engrams()]
+
+def accounting(model):
+    """Return the paper's quantities. P_tot: all parameters except the vocabulary
+    embedding, which is also the head. P_act: those that one token uses, of the tables
+    what it reads. P_sparse = P_tot - P_act. And per token: forward FLOPs of matmuls
+    (2 per active weight, the head included, plus attention at full context) and bytes
+    read from the tables. Rows that are not read cost neither."""
+    cfg, count = model.cfg, parameters_by_kind(model)
+    # of all parameters, which does one token use?
+    total = sum(count.values()) - count["embedding"]
+    values_read = sum(e.cfg.rows_read * e.cfg.width for e in model.engrams())
+    idle = 0
+    if cfg.n_expert:
+        idle = round(count["routed experts"] * (1 - cfg.top_k / cfg.n_expert))
+    if cfg.untied:
+        idle += (cfg.vocab_size - 1) * cfg.n_embd
+    active = total - idle - count["engram tables"] + values_read
+    # a weight that is multiplied costs 2 FLOPs; norms and table rows are not multiplied
+    weights = active - values_read - count["norms"] + count["embedding"]
+    weights -= cfg.untied * cfg.n_embd
+    attention = 2 * 2 * cfg.n_layer * cfg.block_size * cfg.n_embd
+    return {"parameters": sum(count.values()), "P_tot": total, "P_act": active,
+            "P_sparse": total - active, "table_parameters": count["engram tables"],
+            "flops_per_token": 2 * weights + attention,
+            "bytes_read_per_token": values_read * model.embed.weight.element_size()}
+
+
+@torch.no_grad()
+def hash_probe(model):
+    """Return the row numbers of a fixed text, a list per memory layer. A checkpoint
+    holds them: if they differ now, the hash was changed, and would read wrong rows."""
+    # any text will do, if its n-grams differ
+    idx = torch.arange(12, device=model.canonical.device) * 37 % model.cfg.vocab_size
+    x = model.canonical[idx][None]
+    return [engram.hash(x).flatten().tolist() for engram in model.engrams()]
 
 
 # ---- using a model ---------------------------------------------------------------------
@@ -372,8 +376,8 @@ def load_checkpoint(path, map_file=False):
         why = " ".join(f"{type(error).__name__}: {error}".split())
         fail(f"{path} is not a readable checkpoint of train.py ({why:.150}); restore it, "
              "or train again with another --out_dir")
-    if model.hash_probe() != probe:
+    if hash_probe(model) != probe:
         fail(f"{path} was trained with another hash: the same text reads rows "
-             f"{probe[0][-4:]} there, {model.hash_probe()[0][-4:]} here; undo the change, or "
+             f"{probe[0][-4:]} there, {hash_probe(model)[0][-4:]} here; undo the change, or "
              "train again")
     return saved, model

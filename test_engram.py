@@ -44,7 +44,8 @@ import runs
 import sample
 import train
 from engram import Engram, EngramConfig, Read, RowAdam, canonical_ids, head_primes, lookup
-from model import GPT, Block, Cache, GPTConfig, attend, generate, load_checkpoint
+from model import (GPT, Block, Cache, GPTConfig, accounting, attend, generate,
+                   load_checkpoint)
 from moe import MoE
 from muon import Muon
 from offload import Fetch, check_rows, place
@@ -429,7 +430,7 @@ def test_twins_agree(rho, memory, monkeypatch):
                     engram=EngramConfig(**memory))
     shapes, numbers = make_twins(cfg, rho)
     model = GPT(shapes["engram"], np.arange(4096))
-    a, b = model.accounting(), GPT(shapes["moe"], np.arange(4096)).accounting()
+    a, b = accounting(model), accounting(GPT(shapes["moe"], np.arange(4096)))
     assert a["P_tot"] == pytest.approx(b["P_tot"], rel=0.005)
     assert a["P_act"] == pytest.approx(b["P_act"], rel=0.005) and a["P_act"] <= b["P_act"]
     assert a["flops_per_token"] <= b["flops_per_token"]
@@ -464,7 +465,7 @@ def test_flops_per_token(name, untied):
     shapes = make_twins(GPTConfig(untied=untied), 0.75)[0]
     shape = (shapes | {"dense": dense_twin(shapes["moe"])})[name]
     model, T = GPT(shape, np.arange(4096)).eval(), 64
-    size = model.accounting()
+    size = accounting(model)
     assert (size["P_sparse"] == 0) == (name == "dense" and not untied)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, T, dtype=torch.long))

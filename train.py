@@ -32,7 +32,8 @@ from common import (commit, fail, free_memory, keep_freed_memory, machine_name, 
                     peak_bytes, run_script, write_whole)
 from engram import EngramConfig, RowAdam, canonical_ids, opt
 from flags import build, check_numbers, faster_dtype, parse
-from model import GPT, GPTConfig, load_checkpoint, token_losses
+from model import (GPT, GPTConfig, accounting, hash_probe, load_checkpoint,
+                   parameters_by_kind, token_losses)
 from muon import Muon
 from offload import check_rows, place
 from prepare_data import Data, Offline
@@ -51,8 +52,7 @@ class Config:
                          "rows), all of these; or dense (one feed-forward layer as wide as the "
                          "active experts together)", ("all", "moe", "engram", "large", "dense"))
     preset: str = run_opt("auto", "set of defaults; auto: gpu where there is CUDA, else "
-                          "laptop",
-                          ("auto", "laptop", "small", "gpu"))
+                          "laptop", ("auto", "laptop", "small", "gpu"))
     out_dir: str = run_opt("out", "folder for logs, checkpoints and loss.png")
     resume: bool = run_opt(False, "continue from the checkpoints in out_dir")
     device: str = run_opt("auto", "cpu, cuda, cuda:1, ...; auto: the accelerator, if any")
@@ -211,7 +211,7 @@ def start(path, shape, cfg, data):
     header = describe(path.parent.name, model, cfg, data)
     state = {"step": 0, "seconds": 0.0, "records": [], "header": header, "run": run,
              "shape": asdict(shape), "tokenizer": data.meta["tokenizer"],
-             "hash_probe": model.hash_probe()}
+             "hash_probe": hash_probe(model)}
     # and the state of training: new, or as it was saved
     if saved:
         tqdm.write(f"{path.parent.name:6s} continues after step {saved['step']:,}")
@@ -247,7 +247,12 @@ def optimisers(model, cfg):
         elif name.startswith("embed_in."):
             group = embed_in
         elif cfg.optimizer == "muon" and name.startswith("blocks.") and "router" not in name:
-            group = muon[3 if "qkv" in name else 2 if "w_in" in name else 1]
+            parts = 1
+            if "qkv" in name:
+                parts = 3
+            elif "w_in" in name:          # gate and up
+                parts = 2
+            group = muon[parts]
         group["params"].append(p)
     adamw = torch.optim.AdamW([matrices, others, embed_in], lr=cfg.lr, betas=(0.9, 0.95),
                               weight_decay=cfg.weight_decay, fused=True)
@@ -353,8 +358,8 @@ def describe(name, model, cfg, data):
     known = {k: v for k, v in data.meta.items() if k not in ("tokenizer", "args")}
     return {"command": shlex.join(["train.py", *sys.argv[1:]]), "model": name,
             "config": asdict(cfg), "shape": asdict(model.cfg),
-            "accounting": model.accounting(),
-            "parameters_by_kind": model.parameters_by_kind(),
+            "accounting": accounting(model),
+            "parameters_by_kind": parameters_by_kind(model),
             "data": {**known, "note": data.note},
             "copyable_tokens": int(data.copyable.sum()), "passes": data.passes,
             "commit": commit(), "python": platform.python_version(),

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 from engram import canonical_ids, table_parameters
-from model import GPT
+from model import GPT, accounting
 
 
 def count(cfg):
     """Return the accounting of a model of this shape, without making it."""
     with torch.device("meta"):
-        return GPT(cfg, np.arange(cfg.vocab_size)).accounting()
+        return accounting(GPT(cfg, np.arange(cfg.vocab_size)))
 
 
 def make_twins(cfg, rho):

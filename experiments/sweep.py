@@ -2,7 +2,7 @@
 Experiments of many runs: train what is missing, then print a table and draw a picture.
 
     python -m experiments.sweep allocation         # 18 runs; the results go to runs/results
-    python -m experiments.sweep controls --seeds 8 --arms bigrams ungated
+    python -m experiments.sweep controls --seeds 8 --arms raw ungated
     python -m experiments.sweep memory --plot      # from experiments/results, no training
 
 The idea: the folder of a run is a hash of all that determines it (flags, seed, data, torch,
@@ -137,8 +137,7 @@ def settle(sweep, dataset):
     folder = sweep.base.split("--data_dir ")[1].split()[0]
     try:
         if not (Path(folder) / dataset / "meta.json").exists():
-            vocab_size = 1024 if folder == "data/v1024" else 4096
-            prepare(dataset, data_dir=folder, vocab_size=vocab_size)
+            prepare(dataset, data_dir=folder)
         meta = load(dataset, folder)[0]
     except (Offline, ValueError) as error:
         fail(error)
