@@ -89,7 +89,10 @@ def side_by_side(jobs, tell):
     finally:
         for process in children.values():
             process.terminate()
-            process.join()
+        for process in children.values():
+            process.join(10)
+            # one that is stuck; its files are whole at any moment
+            process.kill()
 
 
 def child(job, told, threads):
@@ -109,6 +112,8 @@ def child(job, told, threads):
     try:
         job(tell)
     except KeyboardInterrupt:
+        # nobody reads the queue any more: do not wait for that
+        told.cancel_join_thread()
         raise SystemExit(130) from None
     except OSError as error:
         fail(error)

@@ -43,6 +43,7 @@ import prepare_data
 import runs
 import sample
 import train
+from arms import side_by_side
 from engram import Engram, EngramConfig, Read, RowAdam, canonical_ids, head_primes, lookup
 from model import (GPT, Block, Cache, GPTConfig, accounting, attend, generate,
                    load_checkpoint)
@@ -542,6 +543,25 @@ def test_train_both(corpus, tmp_path, capsys, monkeypatch):
     (tmp_path / "moe" / "log.jsonl").write_text("{")
     run(train, *corpus, *TINY, "--out_dir", tmp_path, "--resume")
     assert table in capsys.readouterr().out
+
+
+def flood(tell):
+    while True:
+        tell("moe", 0, 1.0)
+
+
+def die(tell):
+    time.sleep(3)
+    raise SystemExit(2)
+
+
+def test_a_model_that_dies_ends_the_others():
+    """A child that waits for its messages to be read, and a parent that waits for it."""
+    began = time.time()
+    with pytest.raises(SystemExit):
+        side_by_side({"moe": flood, "engram": die}, lambda *told: time.sleep(0.01))
+    # starting takes most of it
+    assert time.time() - began < 60
 
 
 def test_side_by_side(corpus, tmp_path, capsys, refused):
