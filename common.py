@@ -23,11 +23,7 @@ def fail(message):
 
 def run_script(main):
     """Run main(). Ctrl-C, or a reader of the output that has gone, end it quietly."""
-    # a script may be started without an output, and a terminal may not know every character
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w")
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")
+    # a terminal may not know every character
     sys.stdout.reconfigure(errors="replace")
     try:
         main()

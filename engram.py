@@ -29,7 +29,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import numpy as np
@@ -38,9 +38,23 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-def opt(default, help, choices=None, group=None):
-    """Return a dataclass field that train.py turns into a flag."""
-    return field(default=default, metadata={"help": help, "choices": choices, "group": group})
+def opt(default, help, choices=None, least=None, most=math.inf, group=None):
+    """Return a dataclass field that train.py turns into a flag, with its choices or limits."""
+    return field(default=default, metadata=dict(help=help, choices=choices, least=least,
+                                                most=most, group=group))
+
+
+def check_fields(config):
+    """Raise ValueError for a field of a dataclass that breaks its choices or limits."""
+    for f in fields(config):
+        value, limits = getattr(config, f.name), f.metadata
+        if limits.get("choices") and value not in limits["choices"]:
+            raise ValueError(f"{f.name} {value!r}: must be one of {limits['choices']}")
+        least = limits.get("least")
+        # nan and infinity are refused too
+        if least is not None and not (least <= value <= limits["most"] and value < math.inf):
+            upper = f", at most {limits['most']}" if limits["most"] < math.inf else ""
+            raise ValueError(f"{f.name} {value}: must be at least {least}{upper}")
 
 
 @dataclass
@@ -48,18 +62,19 @@ class EngramConfig:
     blocks: tuple = opt((1,), "blocks that get a memory, counted from 0")
     orders: tuple = opt((2, 3), "n-gram orders; 1 is the current token alone")
     heads: int = opt(4, "hash heads per order; n-grams that share a row in one head "
-                     "rarely do so in all of them")
+                     "rarely do so in all of them", least=1)
     rows: tuple = opt((), "rows per head: one number, or one per order; by default as "
                       "many as the dropped experts pay for, see --rho")
-    width: int = opt(16, "numbers in one row")
-    conv_kernel: int = opt(4, "taps of the short convolution; 0 leaves it out")
-    conv_dilation: int = opt(0, "positions between its taps; 0: the largest order (paper)")
+    width: int = opt(16, "numbers in one row", least=1)
+    conv_kernel: int = opt(4, "taps of the short convolution; 0 leaves it out", least=0)
+    conv_dilation: int = opt(0, "positions between its taps; 0: the largest order (paper)",
+                             least=0)
     gate: str = opt("sqrt", "sqrt (official demo), plain (paper, eq. 4) or off (all "
                     "that is read is believed)", ("sqrt", "plain", "off"))
     compress: bool = opt(True, "hash canonical ids, one for 'The' and ' the', not token ids")
     stop_at_eot: bool = opt(False, "an n-gram never looks back past an end of text")
     bias: bool = opt(True, "biases in the key and value projections (demo: yes, paper: no)")
-    seed: int = opt(0, "seed of the hash multipliers")
+    seed: int = opt(0, "seed of the hash multipliers", least=0)
 
     def __post_init__(self):
         self.blocks, self.orders = tuple(self.blocks), tuple(self.orders)
@@ -77,14 +92,8 @@ class EngramConfig:
         if self.rows and (len(self.rows) != len(self.orders) or min(self.rows) < 1):
             raise ValueError(f"engram rows {self.rows}: give one positive number per order, "
                              f"{len(self.orders)} here, or one for all")
-        if self.gate not in ("sqrt", "plain", "off"):
-            raise ValueError(f"engram gate {self.gate!r}: must be sqrt, plain or off")
+        check_fields(self)
         self.conv_dilation = self.conv_dilation or self.orders[-1]
-        for name, least in (("heads", 1), ("width", 1), ("conv_kernel", 0),
-                            ("conv_dilation", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value < least:
-                raise ValueError(f"engram {name} {value}: must be {least} or more")
 
     @property
     def rows_read(self):

@@ -5,7 +5,6 @@ the fields'.
 
 The idea: every field that engram.opt() describes becomes a flag, help text and all.
 """
-import math
 from argparse import SUPPRESS, BooleanOptionalAction
 from dataclasses import fields
 
@@ -46,16 +45,16 @@ def add_flag(group, name, default, metadata, presets):
     for preset, values in presets.items():
         if name in values:
             text += f"; {preset} preset: {shown(values[name])}"
-    kind = {"default": SUPPRESS, "help": (text + ")").replace("%", "%%")}
+    kind = {"type": type(default), "metavar": type(default).__name__.upper()}
     if isinstance(default, bool):
-        group.add_argument(f"--{name}", action=BooleanOptionalAction, **kind)
+        kind = {"action": BooleanOptionalAction}
     elif isinstance(default, tuple):
-        group.add_argument(f"--{name}", type=int, nargs="+", metavar="N", **kind)
+        kind = {"type": int, "nargs": "+", "metavar": "N"}
     elif metadata["choices"]:
-        group.add_argument(f"--{name}", choices=metadata["choices"], **kind)
-    else:
-        metavar = type(default).__name__.upper()
-        group.add_argument(f"--{name}", type=type(default), metavar=metavar, **kind)
+        kind = {"choices": metadata["choices"]}
+    # no default here: only what was given counts
+    help = (text + ")").replace("%", "%%")
+    group.add_argument(f"--{name}", default=SUPPRESS, help=help, **kind)
 
 
 def shown(value):
@@ -77,29 +76,6 @@ def check_device(device):
         # the first sentence of what torch says, which can be pages
         why = str(error).strip().splitlines()[0].split(". ")[0]
         fail(f"device {device!r} is not usable here ({why:.150}); try --device cpu")
-
-
-def check_numbers(cfg, block_size):
-    """Raise ValueError for numbers in a train.Config that make no sense."""
-    for name in ("steps", "tokens_per_step", "batch_size", "eval_every", "eval_tokens",
-                 "large"):
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"{name} {getattr(cfg, name)}: must be 1 or more")
-    for name in ("lr", "table_lr", "embed_lr", "grad_clip", "weight_decay", "balance_step",
-                 "seed"):
-        if not 0 <= getattr(cfg, name) < math.inf:
-            raise ValueError(f"{name} {getattr(cfg, name)}: must be 0 or more")
-    if cfg.lr == 0:
-        raise ValueError("lr 0: must be above 0")
-    if cfg.seed >= 2 ** 63:
-        raise ValueError(f"seed {cfg.seed}: must be below 2 ** 63")
-    for name in ("warmup_share", "min_lr_share"):
-        if not 0 <= getattr(cfg, name) <= 1:
-            raise ValueError(f"{name} {getattr(cfg, name)}: is a share, from 0 to 1")
-    at_once = cfg.batch_size * block_size
-    if cfg.tokens_per_step % at_once:
-        raise ValueError(f"tokens_per_step {cfg.tokens_per_step} is not a multiple of "
-                         f"batch_size * block_size = {cfg.batch_size} * {block_size} = {at_once}")
 
 
 def faster_dtype(device):

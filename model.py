@@ -18,34 +18,32 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import fail
-from engram import Engram, EngramConfig, ShortConv, opt
+from engram import Engram, EngramConfig, ShortConv, check_fields, opt
 from moe import MoE
 
 
 @dataclass
 class GPTConfig:
     vocab_size: int = 4096
-    block_size: int = opt(256, "context length, in tokens")
-    n_layer: int = opt(4, "blocks")
-    n_head: int = opt(4, "attention heads")
-    n_embd: int = opt(128, "model width")
-    n_expert: int = opt(8, "routed experts of the MoE-only model (Engram drops some of them)")
-    top_k: int = opt(2, "routed experts per token")
-    expert_hidden: int = opt(128, "hidden units of a routed expert")
-    shared_hidden: int = opt(128, "hidden units of the shared expert")
+    block_size: int = opt(256, "context length, in tokens", least=1)
+    n_layer: int = opt(4, "blocks", least=1)
+    n_head: int = opt(4, "attention heads", least=1)
+    n_embd: int = opt(128, "model width", least=1)
+    n_expert: int = opt(8, "routed experts of the MoE-only model (Engram drops some of them); "
+                        "0: one dense feed-forward layer", least=0)
+    top_k: int = opt(2, "routed experts per token", least=1)
+    expert_hidden: int = opt(128, "hidden units of a routed expert", least=1)
+    shared_hidden: int = opt(128, "hidden units of the shared expert", least=1)
     conv_in: int = opt(-1, "a control: this block gets a short convolution of its input, as "
-                       "Engram's but without a memory; -1: none")
-    conv_dilation: int = opt(3, "positions between the taps of that convolution")
+                       "Engram's but without a memory; -1: none", least=-1)
+    conv_dilation: int = opt(3, "positions between the taps of that convolution", least=1)
     untied: bool = opt(False, "a control: an input embedding of its own, not the head's")
     engram: EngramConfig | None = field(default_factory=EngramConfig)
 
     def __post_init__(self):
         if isinstance(self.engram, dict):                 # from a checkpoint
             self.engram = EngramConfig(**self.engram)
-        for name, value in vars(self).items():
-            least = {"n_expert": 0, "conv_in": -1, "untied": 0}.get(name, 1)
-            if name != "engram" and value < least:
-                raise ValueError(f"{name} {value}: must be {least} or more")
+        check_fields(self)
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd {self.n_embd} must be a multiple of 2 * n_head = "
                              f"{2 * self.n_head}: rotary embedding turns pairs within a head")
@@ -303,13 +301,12 @@ def hash_probe(model):
 # ---- using a model ---------------------------------------------------------------------
 
 @torch.inference_mode()
-def generate(model, idx, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, generator=None,
-             memory=True):
+def generate(model, idx, max_new_tokens, temperature=0.8, top_k=50, generator=None, memory=True):
     """Continue tokens idx [1, T]; yield each new id as soon as it is known.
 
     Each token is computed once: keys, values, the last n-gram and the last inputs of the
     convolution are kept in a Cache. When the context is full, go on from its last half.
-    temperature 0: always the most likely token. top_p: nucleus sampling."""
+    temperature 0: always the most likely token; top_k: choose among so many."""
     # the prompt, at most a full context of it
     text = idx[:, -model.cfg.block_size:]
     cache, idx = Cache(model.cfg), text
@@ -319,13 +316,8 @@ def generate(model, idx, max_new_tokens, temperature=0.8, top_k=50, top_p=1.0, g
         if temperature < 1e-6:
             idx = logits.argmax(-1, keepdim=True)
         else:
-            # the most likely first
             logits, ids = logits.topk(min(top_k, logits.size(-1)))
             probs = (logits / temperature).softmax(-1)
-            # drop a token if those before it have top_p together; the first one stays
-            drop = probs.cumsum(-1) - probs >= top_p
-            drop[:, 0] = False
-            probs[drop] = 0
             idx = ids.gather(-1, torch.multinomial(probs, 1, generator=generator))
         new, text = idx.item(), torch.cat([text, idx], dim=1)
         # a full context: start again with its last half

@@ -70,7 +70,7 @@ def write(args, model, enc, start, seed):
     print(enc.decode(start).removeprefix("<|endoftext|>"), end="", flush=True)
     ids, began = list(start), time.perf_counter()
     how = {name: getattr(args, name)
-           for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
+           for name in ("max_new_tokens", "temperature", "top_k")}
     for token, text in complete(model, enc, start, seed, **how):
         ids.append(token)
         print(text, end="", flush=True)
@@ -232,14 +232,12 @@ def read_flags(argv):
                             help=f"{text} (default: %(default)s)", **how)
 
     add("out_dir", "out", "folder that train.py wrote to")
-    add("model", "engram", "which of its models", choices=("engram", "large", "moe", "dense"))
+    add("model", "engram", "which of its models", choices=("engram", "large", "moe"))
     parser.add_argument("--prompt", default="", help="text to continue, or FILE:path to take "
                         "it from a file (default: none, a document from its beginning)")
     add("max_new_tokens", 200, "length of a sample; 0: shade the prompt alone")
     add("temperature", 0.5, "less is more predictable; 0: always the most likely token")
     add("top_k", 50, "sample from the k most likely tokens")
-    add("top_p", 1.0, "nucleus sampling: keep the most likely tokens whose probabilities sum "
-        "to this")
     add("seed", 0, "random seed; each further sample adds 1")
     add("num_samples", 1, "how many samples")
     add("device", "cpu", "cpu, cuda, cuda:1, ...")
@@ -261,8 +259,6 @@ def read_flags(argv):
             fail(f"--{name} {getattr(args, name)}: must be {low} or more")
     if args.seed >= 2 ** 63:
         fail(f"--seed {args.seed}: must be below 2 ** 63")
-    if not 0 < args.top_p <= 1:
-        fail(f"--top_p {args.top_p}: must be above 0 and at most 1")
     args.shade = args.memory or args.gates
     if args.png and (not args.shade or args.num_samples > 1):
         fail("--png needs --memory or --gates, and one sample")

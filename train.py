@@ -30,8 +30,8 @@ from tqdm import tqdm
 from arms import Progress, side_by_side
 from common import (commit, fail, free_memory, keep_freed_memory, machine_name, new_figure,
                     peak_bytes, run_script, write_whole)
-from engram import EngramConfig, RowAdam, canonical_ids, opt
-from flags import build, check_numbers, faster_dtype, parse
+from engram import EngramConfig, RowAdam, canonical_ids, check_fields, lookup, opt
+from flags import build, faster_dtype, parse
 from model import (GPT, GPTConfig, accounting, hash_probe, load_checkpoint,
                    parameters_by_kind, token_losses)
 from muon import Muon
@@ -49,8 +49,7 @@ optim_opt = partial(opt, group="optimiser")
 class Config:
     """Flags, together with GPTConfig's and EngramConfig's. The defaults are the laptop preset."""
     model: str = run_opt("all", "moe (the twin), engram, large (engram with --large times the "
-                         "rows), all of these; or dense (one feed-forward layer as wide as the "
-                         "active experts together)", ("all", "moe", "engram", "large", "dense"))
+                         "rows), or all of these", ("all", "moe", "engram", "large"))
     preset: str = run_opt("auto", "set of defaults; auto: gpu where there is CUDA, else "
                           "laptop", ("auto", "laptop", "small", "gpu"))
     out_dir: str = run_opt("out", "folder for logs, checkpoints and loss.png")
@@ -63,31 +62,37 @@ class Config:
                          "device) or host (in host memory)", ("resident", "host"))
     compile: bool = run_opt(False, "use torch.compile; compiling takes a while, so it does "
                             "not pay for short runs")
-    seed: int = run_opt(0, "seed of the initial weights and of the order of the data")
-    eval_every: int = run_opt(75, "steps between evaluations; each writes a checkpoint")
+    seed: int = run_opt(0, "seed of the initial weights and of the order of the data",
+                        least=0, most=2 ** 63 - 1)
+    eval_every: int = run_opt(75, "steps between evaluations; each writes a checkpoint", least=1)
     dataset: str = data_opt("auto", "python, tinystories, openwebtext or a name of your own; "
                             "auto: tinystories on an accelerator, else python")
     data_dir: str = data_opt("data", "folder that prepare_data.py writes to")
-    eval_tokens: int = data_opt(65536, "validation tokens, the same at every evaluation")
+    eval_tokens: int = data_opt(65536, "validation tokens, the same at every evaluation", least=1)
     steps: int = optim_opt(600, "optimiser steps; after a pass over the data it comes again "
-                           "in a new order")
-    tokens_per_step: int = optim_opt(2048, "tokens per optimiser step")
-    batch_size: int = optim_opt(8, "sequences per forward pass; the gradients of a step's "
-                                "passes are averaged, so this changes memory and speed only")
-    lr: float = optim_opt(8e-3, "peak learning rate")
-    table_lr: float = optim_opt(5.0, "the tables' learning rate over lr (paper: 5)")
-    warmup_share: float = optim_opt(0.05, "share of the steps in which the rate rises")
-    min_lr_share: float = optim_opt(0.05, "share of lr that the cosine decay ends at")
-    weight_decay: float = optim_opt(0.1, "of matrices; tables, norms and biases have none")
-    grad_clip: float = optim_opt(1.0, "bound on the gradient's norm, table rows included")
+                           "in a new order", least=1)
+    tokens_per_step: int = optim_opt(2048, "tokens per optimiser step", least=1)
+    batch_size: int = optim_opt(8, "sequences per forward pass; a step's gradients are "
+                                "averaged, so this changes memory and speed only", least=1)
+    lr: float = optim_opt(8e-3, "peak learning rate", least=1e-12)
+    table_lr: float = optim_opt(5.0, "the tables' learning rate over lr (paper: 5)", least=0)
+    warmup_share: float = optim_opt(0.05, "share of the steps in which the rate rises",
+                                    least=0, most=1)
+    min_lr_share: float = optim_opt(0.05, "share of lr that the cosine decay ends at",
+                                    least=0, most=1)
+    weight_decay: float = optim_opt(0.1, "of matrices; tables, norms, biases: none", least=0)
+    grad_clip: float = optim_opt(1.0, "bound on the gradient's norm, rows included", least=0)
     balance_step: float = optim_opt(0.01, "step of the bias that balances the experts; it falls "
-                                    "with lr")
+                                    "with lr", least=0)
     optimizer: str = optim_opt("muon", "of the backbone's matrices", ("adamw", "muon"))
-    embed_lr: float = optim_opt(1.0, "the rate of an --untied embedding over lr")
+    embed_lr: float = optim_opt(1.0, "the rate of an --untied embedding over lr", least=0)
     rho: float = opt(0.5, "share of the sparse parameters that stays with experts",
+                     least=0, most=1, group="memory")
+    large: int = opt(16, "how many times the rows of engram's table the model large has", least=1,
                      group="memory")
-    large: int = opt(16, "how many times the rows of engram's table the model large has",
-                     group="memory")
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 # What the presets change. gpu is sized for a card of 24 GB, and was never run.
@@ -294,28 +299,21 @@ def check_finite(loss, step, path):
 def watch(model):
     """Record what each memory layer does in the forward passes within. Yield, per layer,
     a dict of two lists: "gate", alpha [B, T] of each pass; "added", |output| / |h|."""
-    def record_gate(gate, kept, *args):
-        alpha = gate(*args)
-        kept.append(alpha.detach().float().squeeze(-1))
-        return alpha
+    def record(layer, engram, args, out):
+        h, read = args[:2]
+        layer["added"].append(float((out.norm() / h.norm()).detach()))
+        if hasattr(engram, "gate"):      # a module that was edited may have none
+            layer["gate"].append(engram.gate(h, lookup(read)).detach().float().squeeze(-1))
 
-    def record_added(kept, module, args, out):
-        kept.append(float((out.norm() / args[0].norm()).detach()))
-
-    # the hooks note what passes by, and are taken off at the end
     seen = [{"gate": [], "added": []} for _ in model.engrams()]
     hooks = []
     for engram, layer in zip(model.engrams(), seen, strict=True):
-        hooks.append(engram.register_forward_hook(partial(record_added, layer["added"])))
-        if hasattr(engram, "gate"):      # a module that was edited may have none
-            engram.gate = partial(record_gate, engram.gate, layer["gate"])
+        hooks.append(engram.register_forward_hook(partial(record, layer)))
     try:
         yield seen
     finally:
         for hook in hooks:
             hook.remove()
-        for engram in model.engrams():
-            vars(engram).pop("gate", None)
 
 
 def evaluate(model, row_adam, data, batch_size, precision):
@@ -390,7 +388,11 @@ def read_flags(argv):
     try:
         values["engram"] = build(EngramConfig, values, "engram_")
         cfg, shape = build(Config, values), build(GPTConfig, values)
-        check_numbers(cfg, shape.block_size)
+        at_once = cfg.batch_size * shape.block_size
+        if cfg.tokens_per_step % at_once:
+            raise ValueError(f"tokens_per_step {cfg.tokens_per_step} is not a multiple of "
+                             f"batch_size * block_size = {cfg.batch_size} * "
+                             f"{shape.block_size} = {at_once}")
     except ValueError as error:
         fail(error)
     return cfg, shape

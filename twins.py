@@ -74,28 +74,21 @@ def make_twins(cfg, rho):
     return {"engram": engram, "moe": moe}, numbers
 
 
-def dense_twin(moe):
-    """Return the shape of a dense model that is as wide as what one token uses of moe."""
-    active = moe.top_k * moe.expert_hidden if moe.n_expert else 0
-    return replace(moe, n_expert=0, shared_hidden=moe.shared_hidden + active)
-
-
 def shapes_of(model, shape, rho, large):
     """Return {model: GPTConfig} for train.py's --model, and lines that explain them."""
     has_place = shape.engram.blocks[-1] < shape.n_layer and shape.n_expert > shape.top_k
-    if model in ("moe", "dense") and not has_place:
+    if model == "moe" and not has_place:
         # a shape that has no place for a memory needs no twin
-        shapes, lines = {"moe": replace(shape, engram=None)}, []
-    else:
-        shapes, numbers = make_twins(shape, rho)
-        lines = explain(shape, shapes, numbers, rho)
-        # as many numbers are read per token, but from a larger table
-        memory = shapes["engram"].engram
-        rows = tuple(large * n for n in memory.rows)
-        shapes["large"] = replace(shapes["engram"], engram=replace(memory, rows=rows))
-        lines.append(f"large   engram with {large} times the rows, {rows[0]:,} a head: P_tot "
-                     f"{count(shapes['large'])['P_tot']:,}, the same P_act. It is no twin")
-    return shapes | {"dense": dense_twin(shapes["moe"])}, lines
+        return {"moe": replace(shape, engram=None)}, []
+    shapes, numbers = make_twins(shape, rho)
+    lines = explain(shape, shapes, numbers, rho)
+    # as many numbers are read per token, but from a larger table
+    memory = shapes["engram"].engram
+    rows = tuple(large * n for n in memory.rows)
+    shapes["large"] = replace(shapes["engram"], engram=replace(memory, rows=rows))
+    lines.append(f"large   engram with {large} times the rows, {rows[0]:,} a head: P_tot "
+                 f"{count(shapes['large'])['P_tot']:,}, the same P_act. It is no twin")
+    return shapes, lines
 
 
 def crowding(memory, tokens, token_bytes):
