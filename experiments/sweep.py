@@ -164,18 +164,15 @@ def home(settings, flags, seed):
 def finished(settings, flags, seed):
     """Return a run as it stands in NAME.json, or None if it has not ended."""
     log = read_log(home(settings, flags, seed) / flags.split()[1] / "log.jsonl")
-    if log is None:
+    if log is None or log[1][-1]["step"] < log[0]["config"]["steps"]:
         return None
-    header, records = log
-    if records[-1]["step"] < header["config"]["steps"]:
-        return None
-    return {"flags": flags, "seed": seed, "header": header, "records": records}
+    return {"flags": flags, "seed": seed, "header": log[0], "records": log[1]}
 
 
 def run_one(settings, flags, seed):
-    """Train one run, or finish it, on one thread."""
+    """Train one run, or finish it, on one thread. Return what went wrong, or None."""
     if finished(settings, flags, seed):
-        return
+        return None
     out = home(settings, flags, seed)
     out.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, ROOT / "train.py", *settings["flags"].split(),
@@ -185,10 +182,8 @@ def run_one(settings, flags, seed):
     with open(out / "printed.txt", "w") as printed:
         done = subprocess.run(command, stdout=printed, stderr=printed,
                               env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if done.returncode in (130, -2):
-        raise KeyboardInterrupt
     if done.returncode:
-        fail(f"{flags} ended with exit code {done.returncode}: see {out}/printed.txt")
+        return f"{flags} ended with exit code {done.returncode}: see {out}/printed.txt"
 
 
 def collect(path, settings, sweep):
@@ -202,27 +197,21 @@ def collect(path, settings, sweep):
     write_results(path, {"name": path.stem, "settings": settings, "runs": runs})
 
 
-def run_all(path, sweep, args):
-    """Train what is missing, and write path after each run."""
-    settings = settle(sweep, args.dataset)
-    wanted = {sweep.reference, *(args.arms or sweep.arms)}
-    unknown = sorted(wanted - sweep.arms.keys())
-    if unknown:
-        fail(f"{args.name} has no arm {', '.join(unknown)}: choose from "
-             f"{', '.join(sweep.arms)}")
+def run_all(path, sweep, wanted, dataset):
+    """Train what is missing of the wanted arms, and write path after each run."""
+    settings = settle(sweep, dataset)
     collect(path, settings, sweep)
-    with ThreadPoolExecutor(2 if "--device cpu" in settings["flags"] else 1) as pool:
-        jobs = []
-        for seed in range(sweep.first_seed, sweep.first_seed + sweep.seeds):
-            for name, arm in sweep.arms.items():
-                if name in wanted:
-                    jobs.append(pool.submit(run_one, settings, arm.flags, seed))
-        try:
-            for job in tqdm(as_completed(jobs), args.name, len(jobs), unit="run"):
-                job.result()
-                collect(path, settings, sweep)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    seeds = range(sweep.first_seed, sweep.first_seed + sweep.seeds)
+    pool = ThreadPoolExecutor(2 if "--device cpu" in settings["flags"] else 1)
+    try:
+        jobs = [pool.submit(run_one, settings, sweep.arms[name].flags, seed)
+                for seed in seeds for name in wanted]
+        for job in tqdm(as_completed(jobs), path.stem, len(jobs), unit="run"):
+            if job.result():
+                fail(job.result())
+            collect(path, settings, sweep)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # ---- what a sweep found --------------------------------------------------------------
@@ -234,11 +223,9 @@ def last(run):
 
 def gaps(runs, arm, other):
     """Return the last loss of one arm minus that of another, for the seeds of both."""
-    found = []
-    for seed, run in runs.get(arm, {}).items():
-        if seed in runs.get(other, {}):
-            found.append(last(run)["val_loss"] - last(runs[other][seed])["val_loss"])
-    return found
+    ours, theirs = runs.get(arm, {}), runs.get(other, {})
+    return [last(run)["val_loss"] - last(theirs[seed])["val_loss"]
+            for seed, run in ours.items() if seed in theirs]
 
 
 def verdict(values):
@@ -332,13 +319,8 @@ def draw_curves(axes, sweep, runs):
             axes.plot(millions, curves[-1], line, color=colour, lw=0.8, alpha=0.6)
         axes.plot(millions, np.mean(curves, axis=0), line, color=colour, lw=2.5,
                   label=f"{sweep.arms[arm].title} (n={len(seeds)})")
-    title, pairs = "", (("engram", "moe"), ("large", "engram"))
-    gain, more = (gaps(runs, arm, other) for arm, other in pairs)
-    if gain and more:
-        title = (f"Memory instead of experts: {statistics.mean(gain):+.2f} nats per token;\n"
-                 f"more memory at the same compute: another {statistics.mean(more):+.2f}")
     axes.set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)",
-             title=title)
+             title="\n".join(say_claims(sweep, runs)[:2]))
     axes.legend()
 
 
@@ -355,9 +337,8 @@ def draw_differences(axes, sweep, runs):
         axes.set_xscale("log", base=2)
     axes.set_xticks(places, [sweep.arms[arm].title for arm in found], rotation=20,
                     ha="right")
-    axes.set_title(sweep.heading)
-    axes.set_ylabel(f"loss minus that of {sweep.arms[sweep.reference].title}\n"
-                    "(nats per token, same seed)")
+    axes.set(title=sweep.heading, ylabel="loss minus that of "
+             f"{sweep.arms[sweep.reference].title}\n(nats per token, same seed)")
 
 
 # ---- the command ---------------------------------------------------------------------
@@ -365,7 +346,7 @@ def draw_differences(axes, sweep, runs):
 def finished_runs(path, sweep):
     """Return {arm: {seed: run}} of NAME.json, in the order of the sweep's arms."""
     runs = {arm: {} for arm in sweep.arms}
-    for run in sorted(read_results(path).get("runs", []), key=lambda run: run["seed"]):
+    for run in read_results(path)["runs"]:
         # an arm that is no more is left out
         if run["arm"] in runs:
             runs[run["arm"]][run["seed"]] = run
@@ -390,22 +371,20 @@ def main(argv=None):
     add("--results", help="folder of NAME.json and NAME.png (default: runs/results)")
     args = parser.parse_args(argv)
     sweep = sweeps()[args.name]
-    for name in ("seeds", "steps"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            fail(f"--{name} {value}: must be 1 or more")
     sweep = sweep._replace(seeds=args.seeds or sweep.seeds, steps=args.steps or sweep.steps)
     folder = Path(args.results or (COMMITTED if args.plot else "runs/results"))
     path = folder / f"{args.name}.json"
     if not args.plot:
         if folder.resolve() == COMMITTED:
             fail(f"{folder} holds what came with the code: give another --results")
-        run_all(path, sweep, args)
+        wanted = dict.fromkeys([sweep.reference, *(args.arms or sweep.arms)])
+        if not wanted.keys() <= sweep.arms.keys():
+            fail(f"--arms: {args.name} has {', '.join(sweep.arms)}")
+        run_all(path, sweep, wanted, args.dataset)
     if args.reference:
         sweep = sweep._replace(reference=args.reference, say=None, draw=None)
     runs = finished_runs(path, sweep)
-    lines = table(sweep, runs)
-    print(*lines, sep="\n")
+    print(*table(sweep, runs), sep="\n")
     if sweep.say:
         print("", *sweep.say(sweep, runs), sep="\n")
     print(f"runs: {path}")
