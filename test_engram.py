@@ -698,8 +698,7 @@ def test_checkpoints_that_do_not_fit_are_refused(corpus, tmp_path, refused, monk
     (sample, "--temperature nan", "nan"), (sample, f"--seed {2 ** 63}", "2 ** 63"),
     (sample, "--device no", "not usable"), (sample, "--prompt FILE:no", "No such file"),
     (sample, f"--prompt FILE:{HERE / 'test_vectors.npz'}", "utf-8"),
-    (bench_offload, "--link_gbps nan", "gbps"), (bench_offload, "--rounds 1", "rounds"),
-    (bench_offload, "--rows 3", "rows"), (bench_offload, "--rows 99999999999", "memory")])
+    (bench_offload, "--link_gbps nan", "gbps"), (bench_offload, "--rounds 1", "rounds")])
 def test_usual_mistakes(corpus, trained, tmp_path, refused, script, flags, word):
     """A traceback, a wall of usage, or a run that ignores what was asked."""
     argv = {train: [*corpus, *TINY, "--out_dir", tmp_path], sample: ["--out_dir", trained],
@@ -1480,59 +1479,49 @@ def test_copyable_tokens(corpus):
 # ---- the bench and the README ----------------------------------------------------------
 
 @pytest.fixture
-def tiny_bench(monkeypatch):
+def tiny_setup(monkeypatch):
     shape = dict(n_layer=2, n_embd=16, shared_hidden=16, vocab_size=600)
-    setup = dict(shape=bench_offload.CPU["shape"] | shape, prompts=(2, 32),
+    setup = dict(shape=bench_offload.CPU["shape"] | shape, prompt=(2, 32),
                  full=(500, 1000, 2000))
     monkeypatch.setattr(bench_offload, "CPU", bench_offload.CPU | setup)
     torch.set_num_threads(1)         # a second one may take 10 ms to wake up after a sleep
-    return bench_offload.Bench(bench_offload.CPU, "cpu")
+    return bench_offload.CPU
 
 
-def test_a_simulated_link_costs_what_is_predicted(tiny_bench):
+def test_a_simulated_link_costs_what_is_predicted(tiny_setup):
     """A link that a prefetch does not hide, or that a synchronous read hides."""
-    def make():
-        return [tiny_bench.ids(2, 32)]
-
-    tiny_bench.set_table(2000)
-    tiny_bench.gbps = bench_offload.predict(tiny_bench, make(), 3)["bytes"] / 40e6
-    tiny_bench.set_table(2000)
-    tiny_bench.model.blocks[0].register_forward_pre_hook(lambda *args: time.sleep(0.025))
-    p = bench_offload.predict(tiny_bench, make(), 5)
+    bench = bench_offload.Bench(tiny_setup, "cpu", 2000, 0)
+    gbps = bench_offload.predict(bench, 3, [(2, 32)])["bytes"] / 40e6
+    bench = bench_offload.Bench(tiny_setup, "cpu", 2000, gbps)
+    bench.model.blocks[0].register_forward_pre_hook(lambda *args: time.sleep(0.025))
+    p = bench_offload.predict(bench, 5, [(2, 32)])
     assert p["transfer_ms"] == pytest.approx(40, rel=0.05)
     assert 5 < p["exposed_ms"] == p["transfer_ms"] - p["before_ms"]
-    times = bench_offload.measure_rounds(tiny_bench, bench_offload.time_prompts, 7, make)
+    times = bench_offload.measure_rounds(bench, bench_offload.prompts, 7, [(2, 32)])
     for arm, want in (("synchronous", p["transfer_ms"]), ("prefetched", p["exposed_ms"])):
         added = np.median(times[arm] - times["resident"])
         assert added == pytest.approx(want, abs=0.2 * p["transfer_ms"]), arm
 
 
-def test_bench(tiny_bench, tmp_path, capsys):
-    """An arm or figure that is missing, a thread left behind, pages never written."""
-    for folder in (None, tmp_path):
-        table = tiny_bench.engram(600_000, "cpu", folder).table
-        assert len(table) >= 600_000 - 16 and table.abs().amax(1).min() > 0
+def test_bench(tiny_setup, tmp_path, capsys):
+    """An arm or figure that is missing, a thread left behind."""
     before = set(threading.enumerate())
-    run(bench_offload, *"--full --disk --rounds 6 --device cpu --out".split(), tmp_path)
+    run(bench_offload, *"--full --rounds 6 --device cpu --out".split(), tmp_path)
     lines = capsys.readouterr().out.splitlines()
     result = json.loads((tmp_path / "offload.json").read_text())
     tables = result["prompts"] + result["others"]
     whats = [table["what"].split(",")[0] for table in tables]
     assert whats == ["prompts"] * 3 + ["decoding"] * 3 + ["a training step"]
-    arms = ["no Engram", "resident", "synchronous", "prefetched", "disk, prefetched"]
     for table in tables:
-        assert list(table["arms"]) == arms[:4 + ("training" not in table["what"])]
+        assert list(table["arms"]) == ["no Engram", "resident", "synchronous", "prefetched"]
         assert table["simulated_gbps"] > 0 and set(table["lines"]) <= set(lines)
-        for arm, figures in table["arms"].items():
-            assert len(figures["ms"]) == 6 and figures["lost_percent"][0] < 100
-            line = next(line for line in table["lines"] if line.startswith(f"  {arm} "))
-            assert f"{figures['tokens_per_s'][0]:,.0f}" in line
+        assert all(len(figures["ms"]) == 6 for figures in table["arms"].values())
     assert [p["block"] for p in result["crossover"]["points"]] == [0, 1]
     assert sum("SIMULATED" in line for line in lines) == 8
     gc.collect()
     assert set(threading.enumerate()) <= before
-    (tmp_path / "crossover.png").unlink()
     # the figures in the repository can still be drawn
+    (tmp_path / "crossover.png").unlink()
     shutil.copy(HERE / "experiments" / "results" / "offload" / "offload.json", tmp_path)
     run(bench_offload, "--plot", "--out", tmp_path)
     assert {"crossover.png", "offload.json"} <= {p.name for p in tmp_path.iterdir()}
@@ -1541,8 +1530,7 @@ def test_bench(tiny_bench, tmp_path, capsys):
 def test_ctrl_c_in_the_bench(tmp_path):
     """A hang on the worker, a traceback, a file left behind."""
     out = tmp_path / "out"
-    argv = "--rows 20000 --disk --rounds 5000 --link_gbps 0.1 --out".split()
-    with started("bench_offload.py", *argv, out) as bench:
+    with started("bench_offload.py", "--rounds", "5000", "--out", out) as bench:
         wait_until(out.exists, 60)
         time.sleep(2)
         bench.send_signal(signal.SIGINT)
