@@ -28,9 +28,9 @@ from prepare_data import Offline, encode_text, encoding
 from train import watch
 
 
-def complete(model, enc, ids, seed=0, *, max_new_tokens, **how):
+def complete(model, enc, ids, seed=0, **how):
     """Continue the tokens ids. Yield (token, text) as soon as it is known; an end of text is
-    the last. how: temperature, top_k, ... of model.generate.
+    always the last. how: max_new_tokens, temperature, ... of model.generate.
 
     Bytes that are not yet a whole character wait for the rest of it. If the sample ends
     before that, they appear as a replacement character."""
@@ -38,13 +38,11 @@ def complete(model, enc, ids, seed=0, *, max_new_tokens, **how):
     generator = torch.Generator(device).manual_seed(seed)
     idx = torch.tensor([ids], device=device)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    tokens = generate(model.eval(), idx, max_new_tokens, generator=generator, **how)
-    for n, token in enumerate(tokens, start=1):
+    for token in generate(model.eval(), idx, generator=generator, **how):
         if token == enc.eot_token:
-            yield token, decoder.decode(b"", final=True)
-            return
-        token_bytes = enc.decode_single_token_bytes(token)
-        yield token, decoder.decode(token_bytes, final=n == max_new_tokens)
+            break
+        yield token, decoder.decode(enc.decode_single_token_bytes(token))
+    yield enc.eot_token, decoder.decode(b"", final=True)
 
 
 def prompt_tokens(prompt, enc, block_size):
@@ -67,17 +65,17 @@ def write(args, model, enc, start, seed):
     """Print a sample as it is made. Return its tokens, those of the prompt included."""
     # the end of text before the prompt is not shown
     print(enc.decode(start).removeprefix("<|endoftext|>"), end="", flush=True)
-    ids, began = list(start), time.perf_counter()
-    for token, text in complete(model, enc, start, seed, temperature=args.temperature,
-                                max_new_tokens=args.max_new_tokens, top_k=args.top_k,
-                                top_p=args.top_p):
-        ids.append(token)
+    made, began = [], time.perf_counter()
+    how = {name: getattr(args, name)
+           for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
+    for token, text in complete(model, enc, start, seed, **how):
+        made.append(token)
         print(text, end="", flush=True)
     print(flush=True)
     # the speed is no part of the text: it goes to stderr
-    n, seconds = len(ids) - len(start), time.perf_counter() - began
+    n, seconds = len(made) - 1, time.perf_counter() - began
     print(f"[seed {seed}: {n} tokens, {n / seconds:.0f} tokens/s]", file=sys.stderr)
-    return ids
+    return start + made[:-1]
 
 
 # ---- what the memory did ---------------------------------------------------------------
@@ -88,19 +86,17 @@ def nats_saved(model, ids):
     x, y = torch.tensor([ids[:-1]]), torch.tensor([ids[1:]])
     on = token_losses(model, x, y, 1, nullcontext())[0]
     off = token_losses(model, x, y, 1, nullcontext(), memory=False)[0]
-    return off - on, (f"{on.mean():.3f} nats per token with the memory, {off.mean():.3f} "
-                      f"without: {(off - on).sum():+.2f} nats saved in all.\nThis overstates "
-                      "its value: the other weights were trained with the memory.")
+    said = (f"{on.mean():.3f} nats per token with the memory, {off.mean():.3f} without: "
+            f"{(off - on).sum():+.2f} nats saved in all.\nThis overstates its value: the "
+            "other weights were trained with the memory.")
+    return off - on, said
 
 
 def gates(model, ids):
     """Return how far the gate opened at each token of ids[1:], the mean of the layers."""
     with torch.no_grad(), watch(model) as seen:
         model(torch.tensor([ids], device=model.embed.weight.device))
-    layers = [layer["gate"][0][0, 1:].cpu() for layer in seen if layer["gate"]]
-    if not layers:
-        fail("--gates: the memory of this model has no gate")
-    return torch.stack(layers).mean(0)
+    return torch.stack([layer["gate"][0][0, 1:] for layer in seen]).mean(0).cpu()
 
 
 def show(args, model, enc, ids):
