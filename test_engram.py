@@ -927,16 +927,14 @@ def test_sampling(look):
     """Flags that change nothing, samples that cannot be repeated one by one."""
     texts = {}
     for flags in ("", "--seed 1", "--num_samples 2", "--temperature 0", "--top_k 1",
-                  "--top_p 1e-6", "--max_new_tokens 5", "--temperature 0.8"):
+                  "--top_p 1e-6", "--max_new_tokens 5", "--temperature 0.8", "--model large"):
         texts[flags] = look("--prompt", "w1 w2", *flags.split()).out
         assert texts[flags].startswith("w1 w2")
-    assert texts[""] not in (texts["--seed 1"], texts["--temperature 0.8"])
+    assert len(set(texts.values())) == len(texts) - 2
     assert texts["--num_samples 2"] == texts[""] + "-" * 20 + "\n" + texts["--seed 1"]
-    greedy = texts["--temperature 0"]
-    assert greedy == texts["--top_k 1"] == texts["--top_p 1e-6"] != texts[""]
+    assert texts["--temperature 0"] == texts["--top_k 1"] == texts["--top_p 1e-6"]
     assert texts[""].startswith(texts["--max_new_tokens 5"][:-1])
     assert torch.get_num_threads() == 1
-    assert look("--prompt", "w1 w2", "--model", "large").out.startswith("w1 w2")
 
 
 def test_top_p_keeps_the_nucleus():
@@ -1013,24 +1011,20 @@ def test_values_stand_beside_their_tokens(trained, look):
     ids = sample.prompt_tokens("w1 w3 w1", enc, 32)
     pairs = sample.complete(model, enc, ids, max_new_tokens=8, temperature=0.5)
     ids += [i for i, _ in pairs][:-1]
-    nats = []
-    with train.watch(model) as seen:
-        for reads in (None, []):
-            logits = model(torch.tensor([ids]), reads=reads)[0][0, :-1].detach()
-            nats.append(F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none"))
-    on, off = nats
+    x, y = torch.tensor([ids]), torch.tensor(ids[1:])
+    with torch.no_grad(), train.watch(model) as seen:
+        on, off = (F.cross_entropy(model(x, reads=reads)[0][0, :-1], y, reduction="none")
+                   for reads in (None, []))
     gates = seen[0]["gate"][0][0][1:]
-    for flag, values in (("--memory", off - on), ("--gates", gates)):
+    for flag, values in (("--gates", gates), ("--memory", off - on)):
         printed = look(*argv, "--max_new_tokens", 8, flag).out
-        shown = zip(ids[1:], values.tolist(), strict=True)
-        shown = "".join(f"{enc.decode([i])}[{v:+.2f}]" for i, v in shown)
+        shown = [f"{enc.decode([i])}[{v:+.2f}]" for i, v in zip(ids[1:], values.tolist())]
         # a line break is shown too, and a number stands before it
-        assert shown.replace("\n", "") in re.sub("[\u21b5\n]", "", printed)
-        if flag == "--memory":
-            line = re.search(r"^.*(?= nats saved in all)", printed, re.M)[0]
-            said = [float(number) for number in re.findall(r"[-+]?\d+\.\d+", line)]
-            want = [float(x) for x in (on.mean(), off.mean(), (off - on).sum())]
-            assert said == pytest.approx(want, abs=0.006)
+        assert "".join(shown).replace("\n", "") in re.sub("[\u21b5\n]", "", printed)
+    line = re.search("^.*nats saved in all", printed, re.M)[0]
+    said = [float(number) for number in re.findall(r"[-+]?\d+\.\d+", line)]
+    want = [on.mean().item(), off.mean().item(), (off - on).sum().item()]
+    assert said == pytest.approx(want, abs=0.006)
 
 
 @pytest.mark.filterwarnings("error")
@@ -1040,41 +1034,37 @@ def test_shades_and_their_picture(look, tmp_path):
     plain = "def[+1.00] f\u21b5[-0.50]\n\u21b5\n  x[+0.00]"
     assert sample.shaded(tokens, colour=False) == plain
     coloured = sample.shaded(tokens, colour=True)
-    assert re.sub("\x1b.*?m", "", coloured) == "def f\u21b5\n\u21b5\n  x"
+    assert re.sub("\x1b.*?m", "", coloured) == re.sub(r"\[.*?\]", "", plain)
     assert "48;2;168;202;255m" in coloured and sample.tint(-1) == (255, 190, 110)
     path, heights = tmp_path / "a.png", []
     said = look("--prompt", "$x_1", "--memory", "--png", path, "--max_new_tokens", 60).err
     assert path.exists() and "only its last 31 tokens" in said
-    for text in ("$x_1$", "x" * 96, "x" * 97, "a\nb\nc"):
+    for text in ("x" * 96, "x" * 97, "$x_1\nb\nc"):
         sample.draw([(text, 2.0, 1.0)], "title", path)
         picture = matplotlib.image.imread(path)[..., :3]
         heights.append(len(picture))
         blue = np.isclose(picture, np.array([80, 150, 255]) / 255, atol=0.01).all(-1)
         assert blue.sum() > 150 * len(text)
-    assert heights[0] == heights[1] < heights[2] < heights[3]
+    assert heights == sorted(set(heights))
 
 
-def test_the_checkpoint_is_the_file_of_the_table(trained, look, tmp_path, refused,
-                                                 monkeypatch):
+def test_the_checkpoint_is_the_file_of_the_table(trained, look, tmp_path, refused):
     """--table disk: a table copied into memory or written to, a file cut short and read."""
     path, copy = trained / "engram" / "ckpt.pt", tmp_path / "engram" / "ckpt.pt"
     before, places = path.read_bytes(), ("resident", "host", "disk")
     texts = {look("--table", where, "--memory").out for where in places}
     assert len(texts) == 1 and path.read_bytes() == before
     # the table lies in the part of memory that is mapped from the file
-    shown = []
-    monkeypatch.setattr(sample, "show", lambda *args: shown.append(args))
-    look("--table", "disk", "--memory")
-    start = shown[0][1].engrams()[0].table.data_ptr()
+    model = load_checkpoint(path, map_file=True)[1]
+    start = model.engrams()[0].table.data_ptr()
     for line in open("/proc/self/maps"):
         low, high = (int(end, 16) for end in line.split()[0].split("-"))
-        if low <= start < high:
-            assert str(path) in line
+        assert not low <= start < high or str(path) in line
     saved = torch.load(path, weights_only=True)
     saved["model"].pop("embed.weight")
     copy.parent.mkdir()
     torch.save(saved, copy)
-    for content in (copy.read_bytes(), before[:-100], before[:len(before) // 2], b"PK"):
+    for content in (copy.read_bytes(), before[:-100], before[:len(before) // 2]):
         copy.write_bytes(content)
         refused("not a readable checkpoint", run, sample, "--out_dir", tmp_path,
                 "--table", "disk")
@@ -1494,26 +1484,25 @@ def test_a_simulated_link_costs_what_is_predicted(tiny_setup):
 
 def test_bench(tiny_setup, tmp_path, capsys):
     """An arm or figure that is missing, a thread left behind."""
-    before = set(threading.enumerate())
+    before, path = set(threading.enumerate()), tmp_path / "offload.json"
     run(bench_offload, *"--full --rounds 6 --device cpu --out".split(), tmp_path)
-    lines = capsys.readouterr().out.splitlines()
-    result = json.loads((tmp_path / "offload.json").read_text())
+    lines, result = capsys.readouterr().out.splitlines(), json.loads(path.read_text())
     tables = result["prompts"] + result["others"]
     whats = [table["what"].split(",")[0] for table in tables]
     assert whats == ["prompts"] * 3 + ["decoding"] * 3 + ["a training step"]
     for table in tables:
         assert list(table["arms"]) == ["no Engram", "resident", "synchronous", "prefetched"]
-        assert table["simulated_gbps"] > 0 and set(table["lines"]) <= set(lines)
         assert all(len(figures["ms"]) == 6 for figures in table["arms"].values())
+        assert set(table["lines"]) <= set(lines)
     assert [p["block"] for p in result["crossover"]["points"]] == [0, 1]
     assert sum("SIMULATED" in line for line in lines) == 8
     gc.collect()
     assert set(threading.enumerate()) <= before
     # the figures in the repository can still be drawn
     (tmp_path / "crossover.png").unlink()
-    shutil.copy(HERE / "experiments" / "results" / "offload" / "offload.json", tmp_path)
+    shutil.copy(HERE / "experiments" / "results" / "offload" / "offload.json", path)
     run(bench_offload, "--plot", "--out", tmp_path)
-    assert {"crossover.png", "offload.json"} <= {p.name for p in tmp_path.iterdir()}
+    assert (tmp_path / "crossover.png").exists()
 
 
 def test_ctrl_c_in_the_bench(tmp_path):
