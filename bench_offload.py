@@ -43,9 +43,8 @@ GPU = {"shape": dict(n_layer=12, n_head=16, n_embd=2048, shared_hidden=5632,
        "rows": (1_000_000, 20_000_000),
        "full": (1_000_000, 5_000_000, 20_000_000, 50_000_000)}
 # The paper's setting: about 4B parameters, a memory as in Engram-27B (d_mem 1,280).
-PAPER = {"shape": dict(n_layer=36, n_head=20, n_embd=2560, shared_hidden=9728,
-                       vocab_size=65536),
-         "width": 80, "dtype": torch.bfloat16}
+PAPER = GPU | {"shape": dict(n_layer=36, n_head=20, n_embd=2560, shared_hidden=9728,
+                             vocab_size=65536)}
 # tokens decoded in a sample
 NEW = 32
 # the arms: synchronous is read at the place of use
@@ -362,7 +361,7 @@ def read_flags(argv):
     args = parser.parse_args(argv)
     if args.device != "cpu" and args.link_gbps is None:
         args.link_gbps = 0
-    if args.link_gbps is not None and not 0 <= args.link_gbps < float("inf"):
+    if not 0 <= (args.link_gbps or 0) < float("inf"):
         fail(f"--link_gbps {args.link_gbps}: must be 0 or more")
     if args.rounds < 6:
         fail(f"--rounds {args.rounds}: an interval needs 6 or more")
