@@ -28,24 +28,21 @@ from prepare_data import Offline, encode_text, encoding
 from train import watch
 
 
-def complete(model, enc, ids, seed=0, *, max_new_tokens, **how):
+def complete(model, enc, ids, seed=0, **how):
     """Continue the tokens ids. Yield (token, text) as soon as it is known; an end of text is
-    the last. how: temperature, top_k, ... of model.generate.
+    always the last. how: max_new_tokens, temperature, ... of model.generate.
 
     Bytes that are not yet a whole character wait for the rest of it. If the sample ends
     before that, they appear as a replacement character."""
-    model.eval()
     device = model.embed.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     idx = torch.tensor([ids], device=device)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    tokens = generate(model, idx, max_new_tokens, generator=generator, **how)
-    for n, token in enumerate(tokens, start=1):
+    for token in generate(model.eval(), idx, generator=generator, **how):
         if token == enc.eot_token:
-            yield token, decoder.decode(b"", final=True)
-            return
-        token_bytes = enc.decode_single_token_bytes(token)
-        yield token, decoder.decode(token_bytes, final=n == max_new_tokens)
+            break
+        yield token, decoder.decode(enc.decode_single_token_bytes(token))
+    yield enc.eot_token, decoder.decode(b"", final=True)
 
 
 def prompt_tokens(prompt, enc, block_size):
@@ -68,155 +65,114 @@ def write(args, model, enc, start, seed):
     """Print a sample as it is made. Return its tokens, those of the prompt included."""
     # the end of text before the prompt is not shown
     print(enc.decode(start).removeprefix("<|endoftext|>"), end="", flush=True)
-    ids, began = list(start), time.perf_counter()
-    how = {name: getattr(args, name)
-           for name in ("max_new_tokens", "temperature", "top_k")}
+    made, began = [], time.perf_counter()
+    how = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k")}
     for token, text in complete(model, enc, start, seed, **how):
-        ids.append(token)
+        made.append(token)
         print(text, end="", flush=True)
     print(flush=True)
-    # the rest is no part of the text: it goes to stderr
-    n, seconds = len(ids) - len(start), time.perf_counter() - began
-    why = "end of text" if ids[-1] == enc.eot_token else "max_new_tokens"
-    print(f"[seed {seed}: {n} tokens, {n / seconds:.0f} tokens/s; stopped: {why}]",
-          file=sys.stderr)
-    if len(ids) > model.cfg.block_size + 1:
-        print(f"[the context of {model.cfg.block_size:,} tokens was full: it went on from its "
-              "last half]", file=sys.stderr)
-    return ids[:-1] if ids[-1] == enc.eot_token else ids
+    # the speed is no part of the text: it goes to stderr
+    n, seconds = len(made) - 1, time.perf_counter() - began
+    print(f"[seed {seed}: {n} tokens, {n / seconds:.0f} tokens/s]", file=sys.stderr)
+    return start + made[:-1]
 
 
 # ---- what the memory did ---------------------------------------------------------------
 
-def nats_saved(model, ids, n_new):
-    """Return the nats that the memory saved on each token of ids[1:], and lines that add them
-    up, for the prompt and for the last n_new tokens."""
+def nats_saved(model, ids):
+    """Return the nats that the memory saved on each token of ids[1:], and their sum in
+    words."""
     x, y = torch.tensor([ids[:-1]]), torch.tensor([ids[1:]])
     on = token_losses(model, x, y, 1, nullcontext())[0]
     off = token_losses(model, x, y, 1, nullcontext(), memory=False)[0]
-    begin, lines = max(0, len(on) - n_new), []
-    for name, part in (("prompt", slice(0, begin)), ("sample", slice(begin, None))):
-        if len(on[part]):
-            lines.append(f"{name}: {len(on[part])} tokens, {on[part].mean():.3f} nats per "
-                         f"token with the memory, {off[part].mean():.3f} without: "
-                         f"{(off - on)[part].sum():+.2f} nats saved in all")
-    lines.append("This overstates its value: the other weights were trained with the memory.")
-    return off - on, lines
+    said = (f"{on.mean():.3f} nats per token with the memory, {off.mean():.3f} without: "
+            f"{(off - on).sum():+.2f} nats saved in all.\nThis overstates its value: the "
+            "other weights were trained with the memory.")
+    return off - on, said
 
 
 def gates(model, ids):
     """Return how far the gate opened at each token of ids[1:], the mean of the layers."""
     with torch.no_grad(), watch(model) as seen:
         model(torch.tensor([ids], device=model.embed.weight.device))
-    layers = [layer["gate"][0][0, 1:].cpu() for layer in seen if layer["gate"]]
-    if not layers:
+    if not all(layer["gate"] for layer in seen):
         fail("--gates: the memory of this model has no gate")
-    return torch.stack(layers).mean(0)
+    return torch.stack([layer["gate"][0][0, 1:] for layer in seen]).mean(0).cpu()
 
 
-def show(args, record, model, enc, ids, n_new):
-    """Print the text again, shaded as --memory or --gates ask; draw it for --png. record: the
-    last evaluation of the run. The last n_new tokens are not the prompt's."""
-    if len(ids) < 2:
-        print("[there is no text to shade]", file=sys.stderr)
-        return
+def show(args, model, enc, ids):
+    """Print the text again, shaded as --memory or --gates ask; draw it for --png."""
     if len(ids) > model.cfg.block_size:
         ids = ids[-model.cfg.block_size:]
         print(f"[the text is longer than the context: only its last {len(ids) - 1:,} tokens "
               "are shaded]", file=sys.stderr)
     if args.memory:
-        values, lines = nats_saved(model, ids, n_new)
-        what, form, low, high = "nats that the memory saved on each token", "+.2f", 0, 2
+        values, said = nats_saved(model, ids)
+        what, low, high = "nats that the memory saved on each token", 0, 2
     else:
-        values, lines = gates(model, ids), []
-        what, form = "gate, from 0 (closed) to 1 (open)", ".2f"
-        # nine tenths of the validation tokens lie between these
-        low, high = np.mean(record["gate_p5"]), np.mean(record["gate_p95"])
-        if high - low < 0.05:
-            lines = ["The gate barely varies, so the colours exaggerate small differences."]
-        high = max(high, low + 1e-3)
-    title = f"{what}: white {low:.2f}, blue {high:.2f} or more, orange less than white"
-    spans = spans_of(enc, ids[1:], values)
-    print(shaded(spans, low, high, has_colours(), form))
-    print(title if has_colours() else f"in brackets: {what}", *lines, sep="\n")
+        values, said = gates(model, ids), "A gate is from 0 (closed) to 1 (open)."
+        # nine tenths of the tokens lie between these
+        what, (low, high) = "gate", np.percentile(values, (5, 95))
+    what += f": white {low:.2f}, blue {high:.2f} or more, orange less than white"
+    levels = (values - low) / max(high - low, 1e-3)
+    # a part of a character shows as its bytes, a line break also as a sign
+    texts = [enc.decode_single_token_bytes(i).decode("utf-8", "backslashreplace")
+             .replace("\n", "↵\n") for i in ids[1:]]
+    tokens = list(zip(texts, values.tolist(), levels.tolist(), strict=True))
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    print(shaded(tokens, colour), what, said, sep="\n")
     if args.png:
-        draw(spans, low, high, title, args.png)
+        draw(tokens, what, args.png)
         print(f"picture: {args.png}")
 
 
 # ---- shades ----------------------------------------------------------------------------
 
-def spans_of(enc, ids, values):
-    """Return [(text of a token, its value)]. A part of a character shows as its bytes."""
-    spans = []
-    for i, value in zip(ids, values, strict=True):
-        text = enc.decode_single_token_bytes(i).decode("utf-8", "backslashreplace")
-        spans.append((text, float(value)))
-    return spans
-
-
-def has_colours():
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-
-
 def tint(level):
     """Return (red, green, blue) for a level from -1 to 1: orange, white at 0, blue."""
-    blue, orange = (80, 150, 255), (255, 190, 110)
-    end = blue if level > 0 else orange
+    end = (80, 150, 255) if level > 0 else (255, 190, 110)
     return tuple(round(255 + (part - 255) * min(1, abs(level))) for part in end)
 
 
-def shaded(spans, low, high, colour, form="+.2f"):
-    """Return the text of spans with each token on a background: low is white, high blue.
-    Without colour, its value follows it in brackets, printed in that form."""
+def shaded(tokens, colour):
+    """Return the text of [(text, value, level)], each token on its background, or without
+    colour with its value in brackets."""
     out = []
-    for text, value in spans:
-        text = text.replace("\n", "↵\n")
+    for text, value, level in tokens:
         if colour:
+            on, off = "\x1b[38;2;0;0;0;48;2;{};{};{}m".format(*tint(level)), "\x1b[0m"
             # a background must end with its line, or it runs to the edge of the terminal
-            red, green, blue = tint((value - low) / (high - low))
-            on, off = f"\x1b[38;2;0;0;0;48;2;{red};{green};{blue}m", "\x1b[0m"
             out += [on, text.replace("\n", f"{off}\n{on}"), off]
         else:
             # before a line break: the next line keeps its indentation
-            end = text.rfind("\n") if "\n" in text else len(text)
-            out.append(f"{text[:end]}[{value:{form}}]{text[end:]}")
+            line, line_break, rest = text.partition("\n")
+            out.append(f"{line}[{value:+.2f}]{line_break}{rest}")
     return "".join(out)
 
 
-def grid(spans, columns, row=0):
-    """Return [(row, column, character, value)] of the text, in lines of that many columns."""
-    cells, column = [], 0
-    for text, value in spans:
-        for c in text.replace("\t", "    ").replace("\n", "↵\n"):
+def draw(tokens, title, path, columns=96, size=9):
+    """Draw the shaded text into a file, each character in a cell of a grid."""
+    from matplotlib.patches import Rectangle
+    figure = new_figure()
+    figure.set_layout_engine("none")
+    axes = figure.add_axes([0, 0, 1, 1])
+    axes.axis("off")
+    # the units of the axes are columns and rows
+    font = {"family": "monospace", "fontsize": size, "va": "center", "parse_math": False}
+    axes.text(0, 1, title, **font)
+    row, column = 2.5, 0
+    for text, _, level in tokens:
+        colour = np.array(tint(level)) / 255
+        for c in text.replace("\t", "    "):
             if c == "\n" or column == columns:
                 row, column = row + 1, 0
             if c != "\n":
-                cells.append((row, column, c, value))
+                axes.add_patch(Rectangle((column, row - 0.5), 1, 1, color=colour, linewidth=0))
+                axes.text(column, row, c, **font)
                 column += 1
-    return cells
-
-
-def draw(spans, low, high, title, path, size=9):
-    """Draw the shaded text into a file, each character in a cell of a grid."""
-    from matplotlib.patches import Rectangle
-    lines = "".join(text for text, _ in spans).split("\n")
-    widest = max(len(line) for line in lines) + 1          # with the sign of a line break
-    columns = max(len(title), min(90, widest))
-    cells = grid(spans, columns, row=2)
-    rows = cells[-1][0] + 1.5
-    # the units of the axes are columns and rows: a character of the monospaced font is
-    # 0.602 of its size wide, and lines are 1.5 apart
-    figure = new_figure(figsize=((columns + 2) * 0.602 * size / 72, rows * 1.5 * size / 72))
-    figure.set_layout_engine("none")
-    axes = figure.add_axes([0, 0, 1, 1], xlim=(-1, columns + 1), ylim=(rows, 0))
-    axes.axis("off")
-    font = {"family": "monospace", "fontsize": size, "va": "center", "parse_math": False}
-    axes.text(0, 0.8, title, **font)
-    for row, column, c, value in cells:
-        face = [part / 255 for part in tint((value - low) / (high - low))]
-        axes.add_patch(Rectangle((column, row - 0.5), 1, 1, facecolor=face, linewidth=0))
-        axes.text(column, row, c, **font)
+    # a monospaced character is 0.602 of its size wide, and lines are 1.5 apart
+    axes.set(xlim=(-1, columns + 1), ylim=(row + 1.5, 0))
+    figure.set_size_inches((columns + 2) * 0.602 * size / 72, (row + 1.5) * 1.5 * size / 72)
     # a character that the font lacks is drawn as a box
     warnings.filterwarnings("ignore", "Glyph")
     write_whole(Path(path), partial(figure.savefig, dpi=150, format="png"))
@@ -233,8 +189,7 @@ def read_flags(argv):
 
     add("out_dir", "out", "folder that train.py wrote to")
     add("model", "engram", "which of its models", choices=("engram", "large", "moe"))
-    parser.add_argument("--prompt", default="", help="text to continue, or FILE:path to take "
-                        "it from a file (default: none, a document from its beginning)")
+    add("prompt", "", "text to continue, or FILE:path to take it from a file")
     add("max_new_tokens", 200, "length of a sample; 0: shade the prompt alone")
     add("temperature", 0.5, "less is more predictable; 0: always the most likely token")
     add("top_k", 50, "sample from the k most likely tokens")
@@ -252,18 +207,15 @@ def read_flags(argv):
                        "the memory's gate opened")
     args = parser.parse_args(argv)
 
-    # refuse what is impossible; "not ... >=" refuses nan too
-    least = {"max_new_tokens": 0, "temperature": 0, "top_k": 1, "seed": 0, "num_samples": 1}
-    for name, low in least.items():
-        if not getattr(args, name) >= low:
-            fail(f"--{name} {getattr(args, name)}: must be {low} or more")
-    if args.seed >= 2 ** 63:
-        fail(f"--seed {args.seed}: must be below 2 ** 63")
+    # "not ... <= ..." refuses nan too
+    bounds = {"max_new_tokens": (0, 1e9), "temperature": (0, 1e9), "top_k": (1, 1e9),
+              "seed": (0, 2 ** 63 - 1), "num_samples": (1, 1e9)}
+    for name, (low, high) in bounds.items():
+        if not low <= getattr(args, name) <= high:
+            fail(f"--{name} {getattr(args, name)}: must be from {low} to {high}")
     args.shade = args.memory or args.gates
     if args.png and (not args.shade or args.num_samples > 1):
         fail("--png needs --memory or --gates, and one sample")
-    if args.max_new_tokens == 0 and not (args.shade and args.prompt):
-        fail("--max_new_tokens 0: nothing to do without a --prompt and --memory or --gates")
     check_device(args.device)
     return args
 
@@ -284,6 +236,8 @@ def main(argv=None):
     except (Offline, ValueError) as error:
         fail(error)
     start = prompt_tokens(args.prompt, enc, model.cfg.block_size)
+    if args.max_new_tokens == 0 and not (args.shade and len(start) > 1):
+        fail("--max_new_tokens 0: nothing to do without a --prompt and --memory or --gates")
     place(model, device, args.table)
     if device.type not in ("cpu", "cuda"):
         check_rows(model, torch.tensor([start]))
@@ -294,7 +248,7 @@ def main(argv=None):
         if args.max_new_tokens:
             ids = write(args, model, enc, start, args.seed + i)
         if args.shade:
-            show(args, saved["records"][-1], model, enc, ids, len(ids) - len(start))
+            show(args, model, enc, ids)
 
 
 if __name__ == "__main__":

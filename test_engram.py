@@ -689,11 +689,10 @@ def test_checkpoints_that_do_not_fit_are_refused(corpus, tmp_path, refused, monk
     (train, "--engram_rows 9999999999", "GB"),
     (sample, "--model dense", "invalid choice"), (sample, "--model moe --memory", "has none"),
     (sample, "--png a.png", "needs"), (sample, "--max_new_tokens 0", "nothing to do"),
-    (sample, "--temperature nan", "nan"), (sample, f"--seed {2 ** 63}", "2 ** 63"),
+    (sample, "--temperature nan", "nan"), (sample, f"--seed {2 ** 63}", "seed"),
     (sample, "--device no", "not usable"), (sample, "--prompt FILE:no", "No such file"),
     (sample, f"--prompt FILE:{HERE / 'test_vectors.npz'}", "utf-8"),
-    (bench_offload, "--link_gbps nan", "gbps"), (bench_offload, "--rounds 1", "rounds"),
-    (bench_offload, "--rows 3", "rows"), (bench_offload, "--rows 99999999999", "memory")])
+    (bench_offload, "--link_gbps nan", "gbps"), (bench_offload, "--rounds 1", "rounds")])
 def test_usual_mistakes(corpus, trained, tmp_path, refused, script, flags, word):
     """A traceback, a wall of usage, or a run that ignores what was asked."""
     argv = {train: [*corpus, *TINY, "--out_dir", tmp_path], sample: ["--out_dir", trained],
@@ -922,54 +921,18 @@ def test_sampling(look):
     """Flags that change nothing, samples that cannot be repeated one by one."""
     texts = {}
     for flags in ("", "--seed 1", "--num_samples 2", "--temperature 0", "--top_k 1",
-                  "--max_new_tokens 5", "--temperature 0.8"):
+                  "--max_new_tokens 5", "--temperature 0.8", "--model large"):
         texts[flags] = look("--prompt", "w1 w2", *flags.split()).out
         assert texts[flags].startswith("w1 w2")
-    assert texts[""] not in (texts["--seed 1"], texts["--temperature 0.8"])
+    assert len(set(texts.values())) == len(texts) - 1
     assert texts["--num_samples 2"] == texts[""] + "-" * 20 + "\n" + texts["--seed 1"]
-    greedy = texts["--temperature 0"]
-    assert greedy == texts["--top_k 1"] != texts[""]
+    assert texts["--temperature 0"] == texts["--top_k 1"]
     assert texts[""].startswith(texts["--max_new_tokens 5"][:-1])
     assert torch.get_num_threads() == 1
-    assert look("--prompt", "w1 w2", "--model", "large").out.startswith("w1 w2")
 
 
-def test_text_is_streamed_in_whole_characters(monkeypatch):
-    """Half an emoji on the terminal, or lost at the end; an end of text that goes on."""
-    enc = prepare_data.encoding(prepare_data.make_tokenizer("bpe", ["ab ab ab"], 259))
-    ids = [enc.encode_single_token(bytes([b])) for b in "h\u00e9\U0001f600!".encode()]
-
-    def texts(made, most):
-        monkeypatch.setattr(sample, "generate", lambda *args, **how: iter(made[:most]))
-        pairs = sample.complete(tiny_gpt(), enc, [enc.eot_token], max_new_tokens=most)
-        return [text for _, text in pairs]
-
-    whole = ["h", "", "\u00e9", "", "", "", "\U0001f600", "!"]
-    assert texts(ids, 8) == whole
-    assert texts([*ids, enc.eot_token, 65], 20) == [*whole, ""]
-    assert texts(ids, 5) == [*whole[:4], "\ufffd"]
-    assert texts([*ids[:5], enc.eot_token], 20) == [*whole[:5], "\ufffd"]
-
-
-@pytest.mark.parametrize("length", [1, 20, 32, 50])
-@pytest.mark.parametrize("memory", [True, False])
-def test_beyond_the_context_is_going_on_by_hand(length, memory):
-    """A cache that outlives its text, or computes it again; a half that is not the last."""
-    model, made, sizes = tiny_gpt(), [], []
-    context = torch.randint(0, 60, (1, length))[:, -32:]
-    hook = model.register_forward_pre_hook(lambda _, args: sizes.append(args[0].size(1)))
-    new = list(generate(model, context, 60, temperature=0, memory=memory))
-    hook.remove()
-    assert sizes[0] == context.size(1) and set(sizes[1:]) == {1, 16}
-    for _ in range(60):
-        logits = model(context, reads=None if memory else [])[0][:, -1]
-        best = logits.argmax(-1, keepdim=True)
-        made.append(best.item())
-        kept = context if context.size(1) < 32 else context[:, -15:]
-        context = torch.cat([kept, best], dim=1)
-    assert new == made
-
-
+<<<<<<< HEAD
+=======
 def test_prompts(trained, look, tmp_path):
     """A prompt cut at its end, a file read as its name, a marker as characters."""
     saved, model = load_checkpoint(trained / "engram" / "ckpt.pt")
@@ -977,97 +940,80 @@ def test_prompts(trained, look, tmp_path):
     text, file = "w1 w3 " * 60, tmp_path / "a.txt"
     file.write_bytes(b"\xef\xbb\xbf" + text.encode())
     ids = prepare_data.encode_text(enc, text)[-32:]
-    long = look("--prompt", text, "--max_new_tokens", 50)
+    long = look("--prompt", f"FILE:{file}", "--max_new_tokens", 50)
     pairs = sample.complete(model, enc, ids, max_new_tokens=50, temperature=0.5)
     assert long.out == enc.decode(ids) + "".join(part for _, part in pairs) + "\n"
-    assert "the last 32 are kept" in long.err and "its last half" in long.err
-    assert look("--prompt", f"FILE:{file}", "--max_new_tokens", 50).out == long.out
-    assert look("--prompt", "w1", "--max_new_tokens", 5).err.count("[") == 1
+    assert "the last 32 are kept" in long.err
     assert sample.prompt_tokens(f"w1{EOT}w2", enc, 32).count(enc.eot_token) == 2
     assert look("--prompt", EOT).out == look().out
-    nothing = look("--prompt", EOT, "--memory", "--max_new_tokens", 0)
-    assert nothing.out == "" and "no text" in nothing.err
     blanks = " " * 1_000_000                     # more than tiktoken takes at once
     assert enc.decode(prepare_data.encode_text(enc, blanks)) == blanks
 
 
-def test_values_stand_beside_their_tokens(trained, look, monkeypatch, refused):
-    """A sign turned round, a value beside the wrong token, a module without a gate."""
+def test_values_stand_beside_their_tokens(trained, look):
+    """A sign turned round, a value beside the wrong token."""
     saved, model = load_checkpoint(trained / "engram" / "ckpt.pt")
     enc, argv = prepare_data.encoding(saved["tokenizer"]), ["--prompt", "w1 w3 w1"]
     ids = sample.prompt_tokens("w1 w3 w1", enc, 32)
-    n = len(ids) - 1
     pairs = sample.complete(model, enc, ids, max_new_tokens=8, temperature=0.5)
-    ids += [i for i, _ in pairs]
-    nats = []
-    with train.watch(model) as seen:
-        for reads in (None, []):
-            logits = model(torch.tensor([ids[:-1]]), reads=reads)[0][0].detach()
-            nats.append(F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none"))
-    on, off = nats
-    printed = look(*argv, "--max_new_tokens", 8, "--memory").out
-    for line, part in zip(printed.splitlines()[-3:-1], (slice(n), slice(n, None))):
-        numbers = [float(number) for number in re.findall(r"[-+]?\d+\.\d+", line)]
-        exact = on[part].mean(), off[part].mean(), (off - on)[part].sum()
-        assert numbers == pytest.approx(list(map(float, exact)), abs=0.006)
-    shown = [f"{enc.decode([i])}[{v:+.2f}]" for i, v in zip(ids[1:], (off - on).tolist())]
-    # a line break is shown too, and a number stands before it
-    assert "".join(shown).replace("\n", "") in re.sub("[\u21b5\n]", "", printed)
-    argv += ["--max_new_tokens", 0, "--gates"]
-    gates = zip(ids[1:n + 1], seen[0]["gate"][0][0].tolist()[1:])
-    assert "".join(f"{enc.decode([i])}[{v:.2f}]" for i, v in gates) in look(*argv).out
-    monkeypatch.setattr(sample, "has_colours", lambda: True)
-    assert f"white {saved['records'][-1]['gate_p5'][0]:.2f}" in look(*argv).out
-    monkeypatch.delattr(Engram, "gate")
-    monkeypatch.setattr(Engram, "forward", lambda self, h, *args: torch.zeros_like(h))
-    refused("no gate", run, sample, "--out_dir", trained, *argv)
+    ids += [i for i, _ in pairs][:-1]
+    x, y = torch.tensor([ids]), torch.tensor(ids[1:])
+    with torch.no_grad(), train.watch(model) as seen:
+        on, off = (F.cross_entropy(model(x, reads=reads)[0][0, :-1], y, reduction="none")
+                   for reads in (None, []))
+    gates = seen[0]["gate"][0][0][1:]
+    for flag, values in (("--gates", gates), ("--memory", off - on)):
+        printed = look(*argv, "--max_new_tokens", 8, flag).out
+        shown = [f"{enc.decode([i])}[{v:+.2f}]" for i, v in zip(ids[1:], values.tolist())]
+        # a line break is shown too, and a number stands before it
+        assert "".join(shown).replace("\n", "") in re.sub("[\u21b5\n]", "", printed)
+    line = re.search("^.*nats saved in all", printed, re.M)[0]
+    said = [float(number) for number in re.findall(r"[-+]?\d+\.\d+", line)]
+    want = [on.mean().item(), off.mean().item(), (off - on).sum().item()]
+    assert said == pytest.approx(want, abs=0.006)
 
 
 @pytest.mark.filterwarnings("error")
 def test_shades_and_their_picture(look, tmp_path):
     """Text lost between the colours, a number that reads as text, a long line cut."""
-    spans = [("def", 1.0), (" f\n\n  ", -0.5), ("x", 0.0)]
-    plain = "def[+1.00] f\u21b5\n\u21b5[-0.50]\n  x[+0.00]"
-    assert sample.shaded(spans, 0, 2, colour=False) == plain
-    coloured = sample.shaded(spans, 0, 2, colour=True)
-    assert re.sub("\x1b.*?m", "", coloured) == "def f\u21b5\n\u21b5\n  x"
+    tokens = [("def", 1.0, 0.5), (" f\u21b5\n\u21b5\n  ", -0.5, -1), ("x", 0.0, 0)]
+    plain = "def[+1.00] f\u21b5[-0.50]\n\u21b5\n  x[+0.00]"
+    assert sample.shaded(tokens, colour=False) == plain
+    coloured = sample.shaded(tokens, colour=True)
+    assert re.sub("\x1b.*?m", "", coloured) == re.sub(r"\[.*?\]", "", plain)
     assert "48;2;168;202;255m" in coloured and sample.tint(-1) == (255, 190, 110)
     path, heights = tmp_path / "a.png", []
     said = look("--prompt", "$x_1", "--memory", "--png", path, "--max_new_tokens", 60).err
-    assert "only its last 31 tokens" in said
-    for text in ("$x_1$", "x" * 90, "x" * 91, "a\nb\nc"):
-        sample.draw([(text, 2.0)], 0, 2, "title", path)
+    assert path.exists() and "only its last 31 tokens" in said
+    for text in ("x" * 96, "x" * 97, "$x_1\nb\nc"):
+        sample.draw([(text, 2.0, 1.0)], "title", path)
         picture = matplotlib.image.imread(path)[..., :3]
         heights.append(len(picture))
         blue = np.isclose(picture, np.array([80, 150, 255]) / 255, atol=0.01).all(-1)
-        assert blue.mean() > 0.0015 * len(text)
-    assert heights[0] == heights[1] < heights[2] < heights[3]
+        assert blue.sum() > 150 * len(text)
+    assert heights == sorted(set(heights))
 
 
-def test_the_checkpoint_is_the_file_of_the_table(trained, look, tmp_path, refused,
-                                                 monkeypatch):
+def test_the_checkpoint_is_the_file_of_the_table(trained, look, tmp_path, refused):
     """--table disk: a table copied into memory or written to, a file cut short and read."""
     path, copy = trained / "engram" / "ckpt.pt", tmp_path / "engram" / "ckpt.pt"
     before, places = path.read_bytes(), ("resident", "host", "disk")
     texts = {look("--table", where, "--memory").out for where in places}
     assert len(texts) == 1 and path.read_bytes() == before
     # the table lies in the part of memory that is mapped from the file
-    shown = []
-    monkeypatch.setattr(sample, "show", lambda *args: shown.append(args))
-    look("--table", "disk", "--memory")
-    start = shown[0][2].engrams()[0].table.data_ptr()
+    model = load_checkpoint(path, map_file=True)[1]
+    start = model.engrams()[0].table.data_ptr()
     for line in open("/proc/self/maps"):
         low, high = (int(end, 16) for end in line.split()[0].split("-"))
-        if low <= start < high:
-            assert str(path) in line
+        assert not low <= start < high or str(path) in line
     saved = torch.load(path, weights_only=True)
     saved["model"].pop("embed.weight")
     copy.parent.mkdir()
     torch.save(saved, copy)
-    argv = ["--out_dir", tmp_path, "--table", "disk"]
-    for content in (copy.read_bytes(), before[:-100], before[:len(before) // 2], b"PK"):
+    for content in (copy.read_bytes(), before[:-100], before[:len(before) // 2]):
         copy.write_bytes(content)
-        refused("not a readable checkpoint", run, sample, *argv)
+        refused("not a readable checkpoint", run, sample, "--out_dir", tmp_path,
+                "--table", "disk")
 
 
 def test_an_output_that_takes_no_more(trained):
@@ -1458,69 +1404,57 @@ def test_copyable_tokens(corpus):
 # ---- the bench and the README ----------------------------------------------------------
 
 @pytest.fixture
-def tiny_bench(monkeypatch):
+def tiny_setup(monkeypatch):
     shape = dict(n_layer=2, n_embd=16, shared_hidden=16, vocab_size=600)
-    setup = dict(shape=bench_offload.CPU["shape"] | shape, prompts=(2, 32),
+    setup = dict(shape=bench_offload.CPU["shape"] | shape, prompt=(2, 32),
                  full=(500, 1000, 2000))
     monkeypatch.setattr(bench_offload, "CPU", bench_offload.CPU | setup)
     torch.set_num_threads(1)         # a second one may take 10 ms to wake up after a sleep
-    return bench_offload.Bench(bench_offload.CPU, "cpu")
+    return bench_offload.CPU
 
 
-def test_a_simulated_link_costs_what_is_predicted(tiny_bench):
+def test_a_simulated_link_costs_what_is_predicted(tiny_setup):
     """A link that a prefetch does not hide, or that a synchronous read hides."""
-    def make():
-        return [tiny_bench.ids(2, 32)]
-
-    tiny_bench.set_table(2000)
-    tiny_bench.gbps = bench_offload.predict(tiny_bench, make(), 3)["bytes"] / 40e6
-    tiny_bench.set_table(2000)
-    tiny_bench.model.blocks[0].register_forward_pre_hook(lambda *args: time.sleep(0.025))
-    p = bench_offload.predict(tiny_bench, make(), 5)
+    bench = bench_offload.Bench(tiny_setup, "cpu", 2000, 0)
+    gbps = bench_offload.predict(bench, 3, [(2, 32)])["bytes"] / 40e6
+    bench = bench_offload.Bench(tiny_setup, "cpu", 2000, gbps)
+    bench.model.blocks[0].register_forward_pre_hook(lambda *args: time.sleep(0.025))
+    p = bench_offload.predict(bench, 5, [(2, 32)])
     assert p["transfer_ms"] == pytest.approx(40, rel=0.05)
     assert 5 < p["exposed_ms"] == p["transfer_ms"] - p["before_ms"]
-    times = bench_offload.measure_rounds(tiny_bench, bench_offload.time_prompts, 7, make)
+    times = bench_offload.measure_rounds(bench, bench_offload.prompts, 7, [(2, 32)])
     for arm, want in (("synchronous", p["transfer_ms"]), ("prefetched", p["exposed_ms"])):
         added = np.median(times[arm] - times["resident"])
         assert added == pytest.approx(want, abs=0.2 * p["transfer_ms"]), arm
 
 
-def test_bench(tiny_bench, tmp_path, capsys):
-    """An arm or figure that is missing, a thread left behind, pages never written."""
-    for folder in (None, tmp_path):
-        table = tiny_bench.engram(600_000, "cpu", folder).table
-        assert len(table) >= 600_000 - 16 and table.abs().amax(1).min() > 0
-    before = set(threading.enumerate())
-    run(bench_offload, *"--full --disk --rounds 6 --device cpu --out".split(), tmp_path)
-    lines = capsys.readouterr().out.splitlines()
-    result = json.loads((tmp_path / "offload.json").read_text())
+def test_bench(tiny_setup, tmp_path, capsys):
+    """An arm or figure that is missing, a thread left behind."""
+    before, path = set(threading.enumerate()), tmp_path / "offload.json"
+    run(bench_offload, *"--full --rounds 6 --device cpu --out".split(), tmp_path)
+    lines, result = capsys.readouterr().out.splitlines(), json.loads(path.read_text())
     tables = result["prompts"] + result["others"]
     whats = [table["what"].split(",")[0] for table in tables]
     assert whats == ["prompts"] * 3 + ["decoding"] * 3 + ["a training step"]
-    arms = ["no Engram", "resident", "synchronous", "prefetched", "disk, prefetched"]
     for table in tables:
-        assert list(table["arms"]) == arms[:4 + ("training" not in table["what"])]
-        assert table["simulated_gbps"] > 0 and set(table["lines"]) <= set(lines)
-        for arm, figures in table["arms"].items():
-            assert len(figures["ms"]) == 6 and figures["lost_percent"][0] < 100
-            line = next(line for line in table["lines"] if line.startswith(f"  {arm} "))
-            assert f"{figures['tokens_per_s'][0]:,.0f}" in line
+        assert list(table["arms"]) == ["no Engram", "resident", "synchronous", "prefetched"]
+        assert all(len(figures["ms"]) == 6 for figures in table["arms"].values())
+        assert set(table["lines"]) <= set(lines)
     assert [p["block"] for p in result["crossover"]["points"]] == [0, 1]
     assert sum("SIMULATED" in line for line in lines) == 8
     gc.collect()
     assert set(threading.enumerate()) <= before
-    (tmp_path / "crossover.png").unlink()
     # the figures in the repository can still be drawn
-    shutil.copy(HERE / "experiments" / "results" / "offload" / "offload.json", tmp_path)
+    (tmp_path / "crossover.png").unlink()
+    shutil.copy(HERE / "experiments" / "results" / "offload" / "offload.json", path)
     run(bench_offload, "--plot", "--out", tmp_path)
-    assert {"crossover.png", "offload.json"} <= {p.name for p in tmp_path.iterdir()}
+    assert (tmp_path / "crossover.png").exists()
 
 
 def test_ctrl_c_in_the_bench(tmp_path):
     """A hang on the worker, a traceback, a file left behind."""
     out = tmp_path / "out"
-    argv = "--rows 20000 --disk --rounds 5000 --link_gbps 0.1 --out".split()
-    with started("bench_offload.py", *argv, out) as bench:
+    with started("bench_offload.py", "--rounds", "5000", "--out", out) as bench:
         wait_until(out.exists, 60)
         time.sleep(2)
         bench.send_signal(signal.SIGINT)
