@@ -931,8 +931,40 @@ def test_sampling(look):
     assert torch.get_num_threads() == 1
 
 
-<<<<<<< HEAD
-=======
+def test_text_is_streamed_in_whole_characters(monkeypatch):
+    """Half an emoji on the terminal, or lost at the end; an end of text that goes on."""
+    enc = prepare_data.encoding(prepare_data.make_tokenizer("bpe", ["ab ab ab"], 259))
+    ids = [enc.encode_single_token(bytes([b])) for b in "h\u00e9\U0001f600!".encode()]
+
+    def texts(made, most):
+        monkeypatch.setattr(sample, "generate", lambda *args, **how: iter(made[:most]))
+        pairs = sample.complete(tiny_gpt(), enc, [enc.eot_token], max_new_tokens=most)
+        return [text for _, text in pairs]
+
+    whole = ["h", "", "\u00e9", "", "", "", "\U0001f600", "!"]
+    assert texts([*ids, enc.eot_token, 65], 20) == [*whole, ""]
+    assert texts(ids, 5) == [*whole[:5], "\ufffd"]
+
+
+@pytest.mark.parametrize("length", [1, 20, 32, 50])
+@pytest.mark.parametrize("memory", [True, False])
+def test_beyond_the_context_is_going_on_by_hand(length, memory):
+    """A cache that outlives its text, or computes it again; a half that is not the last."""
+    model, made, sizes = tiny_gpt(), [], []
+    context = torch.randint(0, 60, (1, length))[:, -32:]
+    hook = model.register_forward_pre_hook(lambda _, args: sizes.append(args[0].size(1)))
+    new = list(generate(model, context, 60, temperature=0, memory=memory))
+    hook.remove()
+    assert sizes[0] == context.size(1) and set(sizes[1:]) == {1, 16}
+    for _ in range(60):
+        logits = model(context, reads=None if memory else [])[0][:, -1]
+        best = logits.argmax(-1, keepdim=True)
+        made.append(best.item())
+        kept = context if context.size(1) < 32 else context[:, -15:]
+        context = torch.cat([kept, best], dim=1)
+    assert new == made
+
+
 def test_prompts(trained, look, tmp_path):
     """A prompt cut at its end, a file read as its name, a marker as characters."""
     saved, model = load_checkpoint(trained / "engram" / "ckpt.pt")
