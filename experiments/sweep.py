@@ -37,7 +37,6 @@ from runs import crossing, read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 LAPTOP = "--preset laptop --dtype bfloat16 --data_dir data"
-SMALL = "--preset small --dtype bfloat16 --data_dir data"
 
 
 class Arm(NamedTuple):
@@ -73,17 +72,16 @@ BASELINES = {
 RATES = {f"{name} {lr}": Arm(f"{arm.flags} --lr {lr}", f"{arm.title}, rate {lr}")
          for name, arm in (("moe", MOE), ("engram", ENGRAM))
          for lr in ("0.004", "0.008", "0.016")}
-EXPERTS = {"half": Arm("--model moe --n_expert 16", "16 experts"),
-           "moe": Arm("--model moe", "32 experts")}
-# Routers of dropped experts are active parameters too. The width of the shared expert makes
-# up for them, so that P_act stays that of rho 1 (test_experiments.py asserts it).
+# Experts are whole: 7, 6, 5, 4 and 2 of 8 stay, and 2 are always active.
 ALLOCATION = {
-    "1": Arm("--model moe", "rho 1, MoE-only twin"),
-    "0.9": Arm("--model engram --rho 0.9 --shared_hidden 63", "rho 0.9"),
-    "0.75": Arm("--model engram --rho 0.75", "rho 0.75"),
-    "0.5": Arm("--model engram --rho 0.5 --shared_hidden 66", "rho 0.5"),
-    "0.25": Arm("--model engram --rho 0.25 --shared_hidden 69", "rho 0.25"),
-    "0": Arm("--model engram --rho 0 --shared_hidden 72", "rho 0")}
+    "1": Arm(MOE.flags, "rho 1, MoE-only twin"),
+    "0.83": engram_arm("--rho 0.83", "rho 0.83"),
+    "0.67": engram_arm("--rho 0.67", "rho 0.67"),
+    "0.5": Arm(ENGRAM.flags, "rho 0.5, Engram"),
+    "0.33": engram_arm("--rho 0.33", "rho 0.33"),
+    "0": engram_arm("--rho 0", "rho 0")}
+LONGER = {name: TWINS[name] for name in ("moe", "fewer", "token", "engram")}
+LONGER["rho 0"] = engram_arm("--rho 0", "Engram with no experts to choose (rho 0)")
 # Each changes one thing of Engram; the convolution stays as it is.
 CONTROLS = {
     "engram": ENGRAM,
@@ -120,7 +118,6 @@ class Sweep(NamedTuple):
 def sweeps():
     """Return {name: Sweep}."""
     laptop = partial(Sweep, LAPTOP, evaluations=8)
-    small = partial(Sweep, SMALL, steps=3000, evaluations=6)
     return {
         "twins": laptop(TWINS, "moe", say_claims, draw_curves, seeds=5),
         "baselines": laptop(BASELINES, "moe", say_claims, draw_differences,
@@ -129,10 +126,10 @@ def sweeps():
                            "What is lost without one part of Engram"),
         "memory": laptop(MEMORY, "4582", say_memory, draw_differences,
                          "What more rows bring at the same compute", along=True),
-        "experts": small(EXPERTS, "half"),
-        "allocation": small(ALLOCATION, "1", None, draw_differences,
-                            "Which share of the sparse parameters should experts keep?",
-                            along=True),
+        "allocation": laptop(ALLOCATION, "1", None, draw_differences,
+                             "Which share of the sparse parameters should experts keep?",
+                             along=True, seeds=5),
+        "longer": laptop(LONGER, "moe", say_claims, draw_curves, steps=1800),
         "rates": Sweep(LAPTOP, RATES, "moe 0.008", seeds=1, first_seed=10)}
 
 
@@ -319,8 +316,12 @@ def draw_curves(axes, sweep, runs):
             axes.plot(millions, curves[-1], line, color=colour, lw=0.8, alpha=0.6)
         axes.plot(millions, np.mean(curves, axis=0), line, color=colour, lw=2.5,
                   label=f"{sweep.arms[arm].title} (n={len(seeds)})")
+    gain, more = gaps(runs, "engram", "moe"), gaps(runs, "large", "engram")
+    title = f"Memory instead of experts changes the loss by {np.mean(gain):+.2f} nats per token"
+    if more:
+        title += f",\nmore memory at the same compute by another {np.mean(more):+.2f}"
     axes.set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)",
-             title="\n".join(say_claims(sweep, runs)[:2]))
+             title=title)
     axes.legend()
 
 
