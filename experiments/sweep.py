@@ -81,7 +81,6 @@ ALLOCATION = {
     "0.33": engram_arm("--rho 0.33", "rho 0.33"),
     "0": engram_arm("--rho 0", "rho 0")}
 LONGER = {name: TWINS[name] for name in ("moe", "fewer", "token", "engram")}
-LONGER["rho 0"] = engram_arm("--rho 0", "Engram with no experts to choose (rho 0)")
 # Each changes one thing of Engram; the convolution stays as it is.
 CONTROLS = {
     "engram": ENGRAM,
@@ -129,7 +128,7 @@ def sweeps():
         "allocation": laptop(ALLOCATION, "1", None, draw_differences,
                              "Which share of the sparse parameters should experts keep?",
                              along=True, seeds=5),
-        "longer": laptop(LONGER, "moe", say_claims, draw_curves, steps=1800),
+        "longer": laptop(LONGER, "moe", say_claims, draw_curves, steps=1200),
         "rates": Sweep(LAPTOP, RATES, "moe 0.008", seeds=1, first_seed=10)}
 
 
