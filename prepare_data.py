@@ -8,8 +8,8 @@ ids), and describe them in meta.json.
     python prepare_data.py a.txt b.txt --name mine
 
 The idea: a corpus is a generator of (split, document), where split 0 is train and 1 is
-validation. It runs twice, once to train the tokenizer on a sample and once to encode, so
-the whole text is never in memory.
+validation. It runs once for each purpose (to measure, to train the tokenizer on a sample,
+to encode), so the whole text is never in memory.
 
 Text files are UTF-8. The marker <|endoftext|>, on a line of its own, separates documents.
 In a .jsonl file each line is an object whose field "text" is one document.
@@ -26,7 +26,7 @@ import urllib.request
 from collections import Counter, defaultdict
 from functools import cache
 from http.client import HTTPException
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -39,11 +39,11 @@ EOT = "<|endoftext|>"
 MARKER = re.compile(re.escape(EOT) + "\n?")
 # --max_mb of each data set; 0 means all
 DEFAULT_MB = {"python": 48, "tinystories": 200, "openwebtext": 0}
-# longer documents of a text file become several: tiktoken cannot take a million blanks
-CHUNK = 1 << 19
-# the tokenizer sees at most so many characters, and so many bytes of different words
+# text files are read in blocks of about so many characters
+CHUNK = 1 << 18
+# the tokenizer sees at most so many characters, and so many different words
 SAMPLE_CHARS = 12_000_000
-WORD_BYTES = 2_000_000
+MAX_WORDS = 60_000
 # seconds after which a silent server is given up
 TIMEOUT = 10
 # files on the hub: address, bytes, sha256. TinyStories' second file is for validation
@@ -68,7 +68,7 @@ SKIP = set("""test tests testing idlelib _vendor vendor vendored extern external
     third_party _antlr encodings pydoc_data site-packages dist-packages""".split())
 
 
-class Offline(Exception):
+class Offline(OSError):
     """A server does not answer. train.py may take the offline corpus instead."""
 
 
@@ -82,7 +82,7 @@ PATTERN = (r"'(?:[sdmt]|ll|re|ve)(?!\p{L})| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N
 
 
 def count_words(texts):
-    """Return {word: how often}, within bounds that ordinary text stays far below."""
+    """Return {word: how often} for the most frequent words."""
     import regex
     counts = Counter()
     for text in texts:
@@ -92,13 +92,7 @@ def count_words(texts):
         n = counts.pop(word)
         for i in range(0, len(word), 20):
             counts[word[i:i + 20]] += n
-    # of too many different words leave out the rarest
-    size = 0
-    for word, _ in counts.most_common():
-        size += len(word.encode())
-        if size > WORD_BYTES:
-            del counts[word]
-    return counts
+    return dict(counts.most_common(MAX_WORDS))
 
 
 def train_bpe(texts, n_merges):
@@ -176,11 +170,7 @@ def encoding(tok):
         ranks = {base64.b64decode(token): i for i, token in enumerate(tok["tokens"])}
         return tiktoken.Encoding("bpe", pat_str=tok["pattern"], mergeable_ranks=ranks,
                                  special_tokens={EOT: len(ranks)})
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except Exception as error:
-        raise Offline(f"GPT-2's tokenizer was not downloaded ({error}): name a folder that "
-                      "holds it in TIKTOKEN_CACHE_DIR, or use --tokenizer bpe") from None
+    return tiktoken.get_encoding("gpt2")
 
 
 def token_bytes(tok):
@@ -265,87 +255,67 @@ def choose(files, max_mb):
 
 # ---- corpora of text files and of downloads --------------------------------------------
 
-def place_to_cut(text, most):
-    """Return where to cut a text, behind at most so many characters: before white space,
-    where no token is cut, or anywhere if there is none."""
-    words = text[:most].rsplit(None, 1)
-    return len(words[0]) if len(words) == 2 else most
-
-
-def cut(text):
-    """Yield a text in pieces of at most CHUNK characters."""
-    while len(text) > CHUNK:
-        end = place_to_cut(text, CHUNK)
-        yield text[:end]
-        text = text[end:]
-    yield text
-
-
-def documents(path, errors="strict"):
-    """Yield the documents of a text file."""
-    held, json_lines = "", Path(path).suffix.lower() == ".jsonl"
+def read_blocks(path, errors):
+    """Yield the text of a file in blocks of whole lines, so that no marker is cut. In a
+    .jsonl file each line is a document."""
     with open(path, encoding="utf-8-sig", errors=errors) as f:
+        while lines := f.readlines(CHUNK):
+            if "\0" in lines[0]:
+                raise ValueError("NUL bytes")
+            if Path(path).suffix.lower() == ".jsonl":
+                lines = [json.loads(line)["text"] + f"{EOT}\n"
+                         for line in lines if line.strip()]
+            # JSON can spell halves of characters, which UTF-8 cannot
+            yield "".join(lines).encode(errors="replace").decode()
+
+
+def documents(paths, errors="strict"):
+    """Yield the documents of text files. Those longer than CHUNK become several."""
+    for path in paths:
+        held = ""
         try:
-            while lines := f.readlines(CHUNK):
-                if json_lines:
-                    lines = [json.loads(s)["text"] + EOT for s in lines if s.strip()]
-                block = "".join(lines)
-                # JSON can spell halves of characters, which UTF-8 cannot
-                if b"\0" in block.encode():
-                    raise ValueError("it holds NUL bytes")
+            for block in read_blocks(path, errors):
                 *ended, held = MARKER.split(held + block)
-                for text in ended:
-                    yield from cut(text)
-                *ended, held = cut(held)
                 yield from ended
+                if len(held) > CHUNK:
+                    yield held
+                    held = ""
         except (ValueError, KeyError, TypeError) as error:
-            fail(f"{path} is not UTF-8 text, or a line of a .jsonl file not an object with "
-                 f'a field "text" ({error}): unpack or convert it first')
-    yield held
+            fail(f'{path} is not UTF-8 text, or not JSON lines with a "text" ({error}): '
+                 "unpack or convert it first")
+        yield held
 
 
 def text_corpus(files):
     """Yield (split, document) of a user's files. Validation is the last 5 % of all text, of
-    a small text up to a quarter. It begins with a document if one begins shortly before."""
-    total = sum(map(len, chain.from_iterable(map(documents, files))))
-    n_val = max(0.05 * total, min(0.25 * total, 4096))
-    left = total - n_val
-    for text in chain.from_iterable(map(documents, files)):
-        end = len(text)
-        if left < n_val / 4:
-            end = 0
-        elif left < end:
-            # the document that lies on the border becomes two
-            end = place_to_cut(text, int(left))
-        left -= len(text)
-        yield 0, text[:end]
-        yield 1, text[end:]
+    a small text up to a quarter."""
+    total = sum(map(len, documents(files)))
+    left = int(total - max(0.05 * total, min(0.25 * total, 4096)))
+    for text in documents(files):
+        # the document that lies on the border becomes two
+        yield 0, text[:left]
+        yield 1, text[left:]
+        left = max(0, left - len(text))
 
 
 def hub_corpus(name, downloads, max_mb):
     """Yield (split, document) of a data set on the hub. The cap may cut a story in two."""
+    if name == "openwebtext" and importlib.util.find_spec("pyarrow") is None:
+        fail("openwebtext comes as parquet, which needs pyarrow: pip install pyarrow")
     for split, (address, size, sha256) in enumerate(DOWNLOADS[name]):
         path, cap = downloads / Path(address).name, int(max_mb * 1e6)
         if split == 0 and 0 < cap < size:
             path, size, sha256 = downloads / f"{max_mb:g}MB-{path.name}", cap, None
         download(address, path, size, sha256)
-        if path.suffix == ".parquet":
-            # 3 of 256 documents are for validation: 1.2 %
-            for text in parquet_texts(path):
-                yield int(key(text)[0] < 3), text
-        else:
-            for text in documents(path, errors="ignore"):
+        if name == "tinystories":
+            for text in documents([path], errors="ignore"):
                 yield split, text
-
-
-def parquet_texts(path):
-    """Yield the documents of a parquet file."""
-    try:
+            continue
         import pyarrow.parquet
-    except ImportError:
-        fail("openwebtext comes as parquet, which needs pyarrow: pip install pyarrow")
-    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(256, columns=["text"]):
-        yield from batch.column(0).to_pylist()
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(256, columns=["text"]):
+            for text in batch.column(0).to_pylist():
+                # 3 of 256 documents are for validation: 1.2 %
+                yield int(key(text)[0] < 3), text
 
 
 def download(address, path, size, sha256):
@@ -358,14 +328,15 @@ def download(address, path, size, sha256):
     part = Path(f"{path}.part")
     part.touch()
     try:
-        fetch(url, part, size)
+        while part.stat().st_size < size:
+            fetch(url, part, size)
     # ValueError: an HF_ENDPOINT that is no address
     except (OSError, HTTPException, ValueError) as error:
-        raise Offline(f"{url} could not be fetched ({error}); run again to resume it; the "
-                      "data set python needs no network") from None
+        raise Offline(f"{url} could not be fetched ({error}): run again to resume it, or "
+                      "use the data set python") from None
     with open(part, "rb") as f:
         found = hashlib.file_digest(f, "sha256").hexdigest()
-    if found != (sha256 or found):
+    if sha256 not in (None, found):
         # resumed, it would never become right
         part.unlink()
         fail(f"{url}: its sha256 is not {sha256}; deleted, so run again")
@@ -373,22 +344,20 @@ def download(address, path, size, sha256):
 
 
 def fetch(url, part, size):
-    """Write to part what it lacks of the first size bytes. Each byte is written at its own
-    place, so two runs at once write the same file."""
+    """Write to part what one connection brings of the rest of the first size bytes. Each
+    byte is written at its own place, so two runs at once write the same file."""
     from tqdm import tqdm
-    have = part.stat().st_size
-    if have >= size:
-        return
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-{size - 1}"})
+    start = part.stat().st_size
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-{size - 1}"})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as reply, open(part, "r+b") as f:
         # 200 instead of 206: the server ignores ranges and begins anew
-        f.seek(have if reply.status == 206 else 0)
+        f.seek(start if reply.status == 206 else 0)
         # disable=None: no bar where stderr is no terminal
         bar = tqdm(total=size, initial=f.tell(), unit="B", unit_scale=True, disable=None)
-        with bar:
-            while block := reply.read1(min(1 << 16, size - f.tell())):
-                bar.update(f.write(block))
-        if f.tell() < size:
+        while block := reply.read1(min(1 << 16, size - f.tell())):
+            bar.update(f.write(block))
+        bar.close()
+        if f.tell() <= start:
             raise OSError("connection dropped")
 
 
@@ -397,7 +366,7 @@ def fetch(url, part, size):
 def corpus(args, downloads):
     """Yield (split, document) of the data set that the arguments name."""
     if args["files"]:
-        yield from text_corpus([path for path, _, _ in args["files"]])
+        yield from text_corpus(args["files"])
     elif args["name"] == "python":
         for split, path in choose(python_files(), args["max_mb"]):
             yield split, path.read_bytes().decode(errors="replace")
@@ -405,20 +374,11 @@ def corpus(args, downloads):
         yield from hub_corpus(args["name"], downloads, args["max_mb"])
 
 
-def sample(pairs):
-    """Return at most SAMPLE_CHARS of train, spread over all of it: every stride-th document.
-    Whenever there are too many, half of them are dropped and the stride doubles."""
-    kept, size, stride = [], 0, 1
-    train = (text for split, text in pairs if split == 0)
-    for i, text in enumerate(train):
-        if i % stride:
-            continue
-        kept.append(text)
-        size += len(text)
-        if size > SAMPLE_CHARS:
-            kept, stride = kept[::2], 2 * stride
-            size = sum(map(len, kept))
-    return kept
+def sample(args, downloads):
+    """Return every n-th document of train, about SAMPLE_CHARS in all."""
+    size = sum(len(text) for split, text in corpus(args, downloads) if split == 0)
+    train = (text for split, text in corpus(args, downloads) if split == 0)
+    return islice(train, 0, None, 1 + size // SAMPLE_CHARS)
 
 
 def write_bins(pairs, enc, folder):
@@ -480,16 +440,12 @@ def prepare(name=None, files=(), data_dir="data", max_mb=None, vocab_size=1024,
         max_mb = DEFAULT_MB.get(name, 0)
     if not max_mb >= 0 or max_mb and name not in ("python", "tinystories"):
         fail(f"--max_mb {max_mb:g}: must be 0 (all) or more, for python and tinystories")
-    stamps = [[path, os.path.getsize(path), os.path.getmtime(path)] for path in paths]
-    args = {"name": name, "files": stamps, "max_mb": max_mb, "vocab_size": vocab_size,
+    args = {"name": name, "files": paths, "max_mb": max_mb, "vocab_size": vocab_size,
             "tokenizer": tokenizer}
     folder = Path(data_dir) / name
-    old = check(folder).get("args", args)
-    if [stamp[0] for stamp in old["files"]] != paths:
-        fail(f"{folder} was made from other files: delete it, or give another --name")
-    if check(folder).get("args") == args:
-        print(f"{folder}: prepared with these arguments before; to do it again, delete it")
-        return folder
+    old = check(folder).get("args", {}).get("files", paths)
+    if old != paths:
+        fail(f"{folder} was made from {', '.join(old)}: delete it, or give a --name")
     train, val = build(folder, args)
     print(f"{folder}: {train['tokens']:,} tokens, and {val['tokens']:,} for validation")
     return folder
@@ -499,7 +455,7 @@ def build(folder, args):
     """Write the three files, then move them to folder, meta.json last."""
     texts, downloads = [], folder.parent / "downloads"
     if args["tokenizer"] == "bpe":
-        texts = sample(corpus(args, downloads))
+        texts = sample(args, downloads)
     tok = make_tokenizer(args["tokenizer"], texts, args["vocab_size"])
     enc = encoding(tok)
     folder.mkdir(parents=True, exist_ok=True)
@@ -595,9 +551,9 @@ class Data:
         # in parts, to bound the memory
         for i in range(0, len(trained), 4096):
             x, y = self.sequences(self.train, trained[i:i + 4096] * self.T)
-            theirs = self.grams(x, y, order)
-            at = np.searchsorted(unique, theirs).clip(max=len(unique) - 1)
-            times += np.bincount(at[unique[at] == theirs], minlength=len(unique))
+            theirs, k = np.unique(self.grams(x, y, order), return_counts=True)
+            _, mine, at = np.intersect1d(unique, theirs, True, return_indices=True)
+            times[mine] += k[at]
         seen = np.full(self.val_y.shape, -1)
         seen[:, order - 2:] = times[where.reshape(ours.shape)]
         copyable = seen == 0
@@ -630,10 +586,7 @@ def main(argv=None):
     a = parser.parse_args(argv)
     if len(a.what) == 1 and a.what[0] in DEFAULT_MB:
         a.name, a.what = a.name or a.what[0], []
-    try:
-        prepare(a.name, a.what, a.data_dir, a.max_mb, a.vocab_size, a.tokenizer)
-    except Offline as error:
-        fail(error)
+    prepare(a.name, a.what, a.data_dir, a.max_mb, a.vocab_size, a.tokenizer)
 
 
 if __name__ == "__main__":
