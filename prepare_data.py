@@ -323,7 +323,8 @@ def download(address, path, size, sha256):
     an earlier run stopped, and get their name once they are whole and checked."""
     if path.exists():
         return
-    url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{address}"
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    url = f"{hub.rstrip('/')}/{address}"
     path.parent.mkdir(parents=True, exist_ok=True)
     part = Path(f"{path}.part")
     part.touch()
@@ -418,14 +419,16 @@ def load(name, data_dir="data"):
     meta = check(folder)
     if not meta:
         fail(f"{folder} is not prepared, or is damaged: make it with python prepare_data.py")
-    train = np.memmap(folder / "train.bin", dtype="<u2", mode="r")
-    return meta, train, np.memmap(folder / "val.bin", dtype="<u2", mode="r")
+    paths = folder / "train.bin", folder / "val.bin"
+    return meta, *(np.memmap(path, dtype="<u2", mode="r") for path in paths)
 
 
 def prepare(name=None, files=(), data_dir="data", max_mb=None, vocab_size=1024,
             tokenizer="bpe"):
     """Return the folder with train.bin, val.bin and meta.json. Raise Offline where a server
-    does not answer; all else that a user can get wrong ends in fail()."""
+    does not answer; all else that a user can get wrong ends in one line."""
+    if len(files) == 1 and files[0] in DEFAULT_MB:
+        name, files = name or files[0], []
     paths = [os.path.abspath(file) for file in files]
     for path in paths:
         if not os.path.isfile(path):
@@ -574,7 +577,7 @@ class Data:
 def main(argv=None):
     parser = make_parser(__doc__, "prepare_data.py [what ...] [options]")
     add = parser.add_argument
-    add("what", nargs="*", default=["python"],
+    add("files", metavar="what", nargs="*", default=["python"],
         help="python (default), tinystories, openwebtext, or text files")
     add("--name", help="name of a data set of text files (default: the first file's)")
     add("--data_dir", default="data", help="gets a folder per data set (default: data)")
@@ -583,10 +586,7 @@ def main(argv=None):
     add("--vocab_size", type=int, default=1024, help="tokens of the BPE (default: 1024)")
     add("--tokenizer", default="bpe", choices=("bpe", "gpt2"),
         help="bpe, trained on this text, or gpt2 (default: bpe)")
-    a = parser.parse_args(argv)
-    if len(a.what) == 1 and a.what[0] in DEFAULT_MB:
-        a.name, a.what = a.name or a.what[0], []
-    prepare(a.name, a.what, a.data_dir, a.max_mb, a.vocab_size, a.tokenizer)
+    prepare(**vars(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

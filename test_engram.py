@@ -1160,21 +1160,6 @@ def test_bpe_is_the_naive_one_and_tiktoken_runs_it(monkeypatch):
     assert prepare_data.count_words([text]) == dict(ordinary.most_common(5))
 
 
-@pytest.mark.parametrize("letters", ["ACGT", "\u7684\u4e00\u662f\u4e0d\u4e86", "!?.,;"])
-def test_words_without_end(tmp_path, letters, monkeypatch):
-    """Half an hour of merging in one word of a million letters, or losing some."""
-    monkeypatch.setattr(prepare_data, "MAX_WORDS", 3_000)
-    text = "".join(random.Random(0).choices(letters, k=1_000_000))
-    (tmp_path / "t.txt").write_text(text)
-    began = time.time()
-    run(prepare_data, tmp_path / "t.txt", "--data_dir", tmp_path, "--vocab_size", 1024)
-    assert time.time() - began < 60
-    meta, *bins = prepare_data.load("t", tmp_path)
-    enc = prepare_data.encoding(meta["tokenizer"])
-    parts = [enc.decode(list(ids)).removesuffix(EOT) for ids in bins]
-    assert "".join(parts) == text and meta["vocab_size"] > 500
-
-
 def test_prepared_text_round_trip(prepared):
     """Text lost, doubled or reordered, an end of text missing, the marker as characters."""
     docs, folder, argv = prepared
@@ -1191,22 +1176,23 @@ def test_prepared_text_round_trip(prepared):
     assert in_prompt[:3000] == bins[0][:3000].tolist()
 
 
-@pytest.mark.parametrize("size, block_size", [(200_000, 256), (3_000, 64), (500, 16)])
-@pytest.mark.parametrize("break_at", ["\n", " ", "\u20ac"])
-def test_small_texts_and_texts_without_lines(tmp_path, size, block_size, break_at):
-    """No validation, or no text at all, of what is short or is one line."""
-    words = [f"w{n}" for n in np.random.default_rng(0).zipf(1.4, size).clip(max=300)]
-    path, text = tmp_path / "t.txt", break_at.join(words)[:size]
-    path.write_text(text)
-    parts = ["", ""]
-    for split, part in prepare_data.text_corpus([path]):
-        parts[split] += part
-    assert "".join(parts) == text
-    assert len(parts[1]) == pytest.approx(max(size / 20, min(size / 4, 4096)), abs=2)
-    run(prepare_data, path, "--data_dir", tmp_path)
+@pytest.mark.parametrize("size, block_size", [(1_000_000, 256), (3_000, 64), (500, 16)])
+@pytest.mark.parametrize("letters", ["ACGT", "\u7684\u4e00\u662f\u4e0d\u4e86", "!?.,;", "ab \n"])
+def test_odd_and_small_texts(tmp_path, letters, size, block_size, monkeypatch):
+    """Half an hour of merging in one word of a million letters; text that is lost; too
+    little of it for validation."""
+    monkeypatch.setattr(prepare_data, "MAX_WORDS", 3_000)
+    text, began = "".join(random.Random(0).choices(letters, k=size)), time.time()
+    (tmp_path / "t.txt").write_text(text)
+    run(prepare_data, tmp_path / "t.txt", "--data_dir", tmp_path)
+    assert time.time() - began < 60
+    meta, *bins = prepare_data.load("t", tmp_path)
+    enc = prepare_data.encoding(meta["tokenizer"])
+    train, val = (enc.decode(list(ids)).replace(EOT, "") for ids in bins)
+    assert train + val == text and meta["vocab_size"] > 256
+    assert len(val) == pytest.approx(max(size / 20, min(size / 4, 4096)), abs=2)
     data = prepare_data.Data("t", tmp_path, block_size, 8, 50, 0, 65536)
-    assert len(data.val_x) >= 1 and data.passes > 0.5
-    assert data.batch(49)[0].shape == (8, block_size)
+    assert len(data.val_x) >= 1 and data.batch(49)[0].shape == (8, block_size)
 
 
 def test_documents(tmp_path, monkeypatch):
@@ -1226,15 +1212,12 @@ def test_documents(tmp_path, monkeypatch):
 
 
 def test_python_corpus(tmp_path):
-    """A cap passed or filled by one package; a directory in both splits; no repetition."""
-    metas = []
-    for data_dir in (tmp_path, tmp_path / "again"):
-        run(prepare_data, "--max_mb", 2, "--vocab_size", 512, "--data_dir", data_dir)
-        meta, ids, _ = prepare_data.load("python", data_dir)
-        metas.append(meta)
-    assert metas[0] == metas[1] and ids.max() < 512
+    """A cap passed or filled by one package; a directory in both splits."""
+    run(prepare_data, "--max_mb", 2, "--vocab_size", 512, "--data_dir", tmp_path)
+    meta, ids, _ = prepare_data.load("python", tmp_path)
     size = meta["train"]["bytes"] + meta["val"]["bytes"]
     assert 1e6 < size <= 2e6 and 0.01 < meta["val"]["bytes"] / size < 0.12
+    assert ids.max() < 512
     files, folders, of_package = prepare_data.python_files(), [set(), set()], Counter()
     known = {path: (package, n) for _, package, _, path, n in files}
     for split, path in prepare_data.choose(files, 2):
