@@ -1212,7 +1212,7 @@ def test_documents(tmp_path, monkeypatch):
 
 
 def test_python_corpus(tmp_path):
-    """A cap passed or filled by one package; a directory in both splits."""
+    """A cap passed or filled by one package, a directory in both splits."""
     run(prepare_data, "--max_mb", 2, "--vocab_size", 512, "--data_dir", tmp_path)
     meta, ids, _ = prepare_data.load("python", tmp_path)
     size = meta["train"]["bytes"] + meta["val"]["bytes"]
@@ -1322,17 +1322,18 @@ def test_download(hub, tmp_path, refused):
 
 
 def test_tinystories(hub, tmp_path, monkeypatch):
-    """A cap that fetches all; python in place of what was asked for."""
-    story = f"Once upon a time there was a cat.\n{EOT}\n".encode()
+    """A cap that fetches all, or fails on half a character; python in place of what was
+    asked for."""
+    story = ("\u20ac" * 11 + f" cat.\n{EOT}\n").encode()
     hub.files = dict(train=story * 400, valid=story.replace(b"cat", b"dog") * 20)
     known = [(n, len(b), hashlib.sha256(b).hexdigest()) for n, b in hub.files.items()]
     monkeypatch.setitem(prepare_data.DOWNLOADS, "tinystories", known)
     argv = ["tinystories", "--vocab_size", 270, "--data_dir"]
-    for cap, n in ((0.005, 5000 // len(story) + 1), (0, 400)):
+    for cap, n in ((0.0005, 500 // len(story) + 1), (0, 400)):
         run(prepare_data, *argv, tmp_path, "--max_mb", cap)
         meta = prepare_data.load("tinystories", tmp_path)[0]
         assert meta["train"]["documents"] == n and meta["val"]["documents"] == 20
-        assert "bytes=0-4999" in hub.log
+        assert "bytes=0-499" in hub.log
     hub.files, new = {}, tmp_path / "new"
     with pytest.raises(prepare_data.Offline, match="404"):
         prepare_data.find("tinystories", "cuda", new)
@@ -1402,7 +1403,7 @@ def test_passes(corpus):
 
 def test_copyable_tokens(corpus):
     """Counts of n-grams on wrong tokens, or grown by a second pass."""
-    data = prepare_data.Data("mine", corpus[3], 32, 4, 12, 0, 256)
+    data = prepare_data.Data("mine", corpus[3], 32, 4, 2000, 0, 256)
 
     def grams(x, y, order):
         rows = np.concatenate([x, y[:, -1:]], axis=1)
@@ -1419,6 +1420,7 @@ def test_copyable_tokens(corpus):
             assert counts == [-1] * (order - 2) + [times[gram] for gram in row]
             repeats = [times[gram] == 0 and gram in row[:t] for t, gram in enumerate(row)]
             assert can_copy == [False] * (order - 2) + repeats
+    assert data.passes > 2
     once, twice = (data.count(n * data.sequences_per_pass, 2)[0] for n in (1, 2))
     assert once.tolist() == twice.tolist()
 
