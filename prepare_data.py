@@ -181,7 +181,13 @@ def token_bytes(tok):
 
 def encode_text(enc, text):
     """Return the ids of a text, in which each marker is the end-of-text id."""
-    return enc.encode(MARKER.sub(EOT, text), allowed_special={EOT})
+    ids = []
+    for part in MARKER.split(text):
+        # in pieces: tiktoken cannot take a million blanks at once
+        for start in range(0, len(part), CHUNK):
+            ids += enc.encode_ordinary(part[start:start + CHUNK])
+        ids.append(enc.eot_token)
+    return ids[:-1]
 
 
 # ---- corpus python: the source of Python and of what is installed with this project ----
@@ -278,7 +284,9 @@ def documents(paths, errors="strict"):
                 *ended, held = MARKER.split(held + block)
                 yield from ended
                 if len(held) > CHUNK:
-                    yield held
+                    # in pieces, because one line may be the whole text
+                    for start in range(0, len(held), 2 * CHUNK):
+                        yield held[start:start + 2 * CHUNK]
                     held = ""
         except (ValueError, KeyError, TypeError) as error:
             fail(f'{path} is not UTF-8 text, or not JSON lines with a "text" ({error}): '
