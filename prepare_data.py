@@ -4,16 +4,15 @@ ids), and describe them in meta.json.
 
     python prepare_data.py                          # Python's own source: no network
     python prepare_data.py tinystories --max_mb 200
-    python prepare_data.py openwebtext --shards 1 --tokenizer gpt2
+    python prepare_data.py openwebtext --tokenizer gpt2
     python prepare_data.py a.txt b.txt --name mine
 
-The idea: a corpus is a generator of pieces (split, text, ends_document), where split 0 is
-train and 1 is validation. It runs twice, once to train the tokenizer on a sample and once
-to encode, so the whole text is never in memory.
+The idea: a corpus is a generator of (split, document), where split 0 is train and 1 is
+validation. It runs once for each purpose (to measure, to train the tokenizer on a sample,
+to encode), so the whole text is never in memory.
 
-Text files are UTF-8. As in Python's text mode, a byte order mark is dropped and every line
-ends with one newline character. A line <|endoftext|> separates documents. In a .jsonl file
-each line is an object whose field "text" is one document.
+Text files are UTF-8. The marker <|endoftext|>, on a line of its own, separates documents.
+In a .jsonl file each line is an object whose field "text" is one document.
 """
 import base64
 import hashlib
@@ -22,13 +21,12 @@ import importlib.util
 import json
 import os
 import re
-import sys
 import sysconfig
 import urllib.request
 from collections import Counter, defaultdict
 from functools import cache
 from http.client import HTTPException
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -41,27 +39,25 @@ EOT = "<|endoftext|>"
 MARKER = re.compile(re.escape(EOT) + "\n?")
 # --max_mb of each data set; 0 means all
 DEFAULT_MB = {"python": 48, "tinystories": 200, "openwebtext": 0}
-# names that text files cannot take
-RESERVED = [*DEFAULT_MB, "downloads"]
-# longer documents pass through in pieces of about this many characters
-CHUNK = 1 << 16
-# the tokenizer sees at most so many characters, and so many bytes of different words
+# text files are read in blocks of about so many characters
+CHUNK = 1 << 18
+# the tokenizer sees at most so many characters, and so many different words
 SAMPLE_CHARS = 12_000_000
-WORD_BYTES = 2_000_000
+MAX_WORDS = 60_000
 # seconds after which a silent server is given up
 TIMEOUT = 10
-# files: name, bytes, sha256
-TINYSTORIES = {
-    "repo": "roneneldan/TinyStories", "rev": "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64",
-    "files": [("TinyStoriesV2-GPT4-train.txt", 2_227_753_162,
-               "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443"),
-              ("TinyStoriesV2-GPT4-valid.txt", 22_502_601,
-               "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d")]}
-# size and sha256 of the first file only
-OPENWEBTEXT = {
-    "repo": "Skylion007/openwebtext", "rev": "79d93d786212f7344586290adb811d4ae6a1762c",
-    "file": "plain_text/train-{:05d}-of-00080.parquet", "size": 302_848_326,
-    "sha256": "caed9f4b7053d7cd4d1a13ce9ec9224d84a3bba1f11579193562a7e31ebe656e"}
+# files on the hub: address, bytes, sha256. TinyStories' second file is for validation
+STORIES = "datasets/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"
+DOWNLOADS = {
+    "tinystories": [
+        (f"{STORIES}/TinyStoriesV2-GPT4-train.txt", 2_227_753_162,
+         "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443"),
+        (f"{STORIES}/TinyStoriesV2-GPT4-valid.txt", 22_502_601,
+         "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d")],
+    "openwebtext": [
+        ("datasets/Skylion007/openwebtext/resolve/79d93d786212f7344586290adb811d4ae6a1762c/"
+         "plain_text/train-00000-of-00080.parquet", 302_848_326,
+         "caed9f4b7053d7cd4d1a13ce9ec9224d84a3bba1f11579193562a7e31ebe656e")]}
 # the requirements and what they need: a fixed list keeps other packages out of the corpus
 PACKAGES = """torch torchgen functorch sympy numpy matplotlib mpl_toolkits networkx
     fontTools pygments PIL mpmath pytest _pytest fsspec filelock jinja2 markupsafe packaging
@@ -70,13 +66,9 @@ PACKAGES = """torch torchgen functorch sympy numpy matplotlib mpl_toolkits netwo
 # folders that hold tests, copies of other packages, tables
 SKIP = set("""test tests testing idlelib _vendor vendor vendored extern external
     third_party _antlr encodings pydoc_data site-packages dist-packages""".split())
-# how common files begin that are not text
-MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "a zip archive", b"BZh": "bzip2",
-         b"\x28\xb5\x2f\xfd": "zstandard", b"\xfd7zXZ": "xz", b"PAR1": "parquet",
-         b"%PDF-": "a PDF", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 
-class Offline(Exception):
+class Offline(OSError):
     """A server does not answer. train.py may take the offline corpus instead."""
 
 
@@ -90,7 +82,7 @@ PATTERN = (r"'(?:[sdmt]|ll|re|ve)(?!\p{L})| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N
 
 
 def count_words(texts):
-    """Return {word: how often}, within bounds that ordinary text stays far below."""
+    """Return {word: how often} for the most frequent words."""
     import regex
     counts = Counter()
     for text in texts:
@@ -100,14 +92,7 @@ def count_words(texts):
         n = counts.pop(word)
         for i in range(0, len(word), 20):
             counts[word[i:i + 20]] += n
-    # of too many different words leave out the rarest
-    size, kept = 0, Counter()
-    for word, n in counts.most_common():
-        size += len(word.encode())
-        if size > WORD_BYTES:
-            break
-        kept[word] = n
-    return kept
+    return dict(counts.most_common(MAX_WORDS))
 
 
 def train_bpe(texts, n_merges):
@@ -173,34 +158,19 @@ def make_tokenizer(kind, texts, vocab_size):
         tokens = train_bpe(texts, vocab_size - 257)
         tok["pattern"] = PATTERN
         tok["tokens"] = [base64.b64encode(token).decode() for token in tokens]
-    tok["sha256"] = hash_of(encoding(tok))
+    known = json.dumps([tok.get("pattern"), tok.get("tokens")])
+    tok["sha256"] = hashlib.sha256(known.encode()).hexdigest()
     return tok
 
 
-def hash_of(enc):
-    """Return a sha256 of the pattern and of all tokens but the end of text."""
-    tokens = [enc.decode_single_token_bytes(i) for i in range(enc.n_vocab - 1)]
-    ranks = [base64.b64encode(token).decode() for token in tokens]
-    return hashlib.sha256(json.dumps([enc._pat_str, ranks]).encode()).hexdigest()
-
-
 def encoding(tok):
-    """Return the tiktoken.Encoding of meta["tokenizer"], checked by its sha256."""
+    """Return the tiktoken.Encoding of meta["tokenizer"]."""
     import tiktoken
-    if tok["kind"] == "gpt2":
-        try:
-            enc = tiktoken.get_encoding("gpt2")
-        except Exception as error:
-            raise Offline(f"GPT-2's tokenizer was not downloaded ({type(error).__name__}); "
-                          "set TIKTOKEN_CACHE_DIR to a folder that holds it, or use "
-                          "--tokenizer bpe") from None
-    else:
+    if tok["kind"] == "bpe":
         ranks = {base64.b64decode(token): i for i, token in enumerate(tok["tokens"])}
-        enc = tiktoken.Encoding("bpe", pat_str=tok["pattern"], mergeable_ranks=ranks,
-                                special_tokens={EOT: len(ranks)})
-    if "sha256" in tok and tok["sha256"] != hash_of(enc):
-        raise ValueError(f"the tokenizer's sha256 is {hash_of(enc)}, not {tok['sha256']}")
-    return enc
+        return tiktoken.Encoding("bpe", pat_str=tok["pattern"], mergeable_ranks=ranks,
+                                 special_tokens={EOT: len(ranks)})
+    return tiktoken.get_encoding("gpt2")
 
 
 def token_bytes(tok):
@@ -212,13 +182,12 @@ def token_bytes(tok):
 def encode_text(enc, text):
     """Return the ids of a text, in which each marker is the end-of-text id."""
     ids = []
-    for n, part in enumerate(MARKER.split(text)):
-        if n > 0:
-            ids.append(enc.eot_token)
+    for part in MARKER.split(text):
         # in pieces: tiktoken cannot take a million blanks at once
         for start in range(0, len(part), CHUNK):
             ids += enc.encode_ordinary(part[start:start + CHUNK])
-    return ids
+        ids.append(enc.eot_token)
+    return ids[:-1]
 
 
 # ---- corpus python: the source of Python and of what is installed with this project ----
@@ -240,28 +209,25 @@ def is_source(raw):
 @cache
 def python_files():
     """Return [(hash, package, folder, path, size)] of all source, exact copies once."""
-    roots = {"stdlib": Path(sysconfig.get_paths()["stdlib"])}
-    for name in PACKAGES:
+    roots = {"stdlib": sysconfig.get_paths()["stdlib"]}
+    for package in PACKAGES:
         # find_spec does not import the package
-        spec = importlib.util.find_spec(name)
-        if spec is None:
-            print(f"{name} is not installed, so it is not in the corpus")
-            continue
-        roots[name] = Path([*(spec.submodule_search_locations or []), spec.origin][0])
-    files, seen = [], set()
+        spec = importlib.util.find_spec(package)
+        if spec is not None:
+            roots[package] = [*(spec.submodule_search_locations or []), spec.origin][0]
+    files = {}
     for package, root in roots.items():
+        root = Path(root)
         for path in [root] if root.is_file() else sorted(root.rglob("*.py")):
             inside = "" if path == root else path.relative_to(root).as_posix()
             name = f"{package}/{inside}"
-            # _sysconfigdata holds paths of the machine it was built on
-            if SKIP & set(name.split("/")) or "_sysconfigdata" in name:
+            if SKIP & set(name.split("/")):
                 continue
             raw = path.read_bytes()
-            digest = hashlib.sha256(raw).digest()
-            if is_source(raw) and digest not in seen:
-                seen.add(digest)
-                files.append((key(name), package, name.rpartition("/")[0], path, len(raw)))
-    return files
+            if is_source(raw):
+                file = key(name), package, name.rpartition("/")[0], path, len(raw)
+                files.setdefault(hashlib.sha256(raw).digest(), file)
+    return list(files.values())
 
 
 def choose(files, max_mb):
@@ -272,21 +238,17 @@ def choose(files, max_mb):
         total[package] += size
         folders[package, folder] += size
     # directories of validation, in the order of their hash, as long as they fit
-    wanted = {package: 0.06 * size for package, size in total.items()}
-    val = set()
+    val, wanted = set(), {package: 0.06 * size for package, size in total.items()}
     for package, folder in sorted(folders, key=lambda pair: key(pair[1])):
-        if folders[package, folder] <= 1.2 * wanted[package]:
+        size = folders[package, folder]
+        if size <= 1.2 * wanted[package]:
             val.add(folder)
-            wanted[package] -= folders[package, folder]
+            wanted[package] -= size
     # share the cap: small packages are taken whole, the larger ones give the same each
-    left, n = max_mb * 1e6 or sum(total.values()), len(total)
-    for size in sorted(total.values()):
-        limit = left / n
-        if size >= limit:
-            break
-        left, n = left - size, n - 1
+    cap, sizes = max_mb * 1e6 or sum(total.values()), sorted(total.values())
+    limit = max((cap - sum(sizes[:i])) / (len(sizes) - i) for i in range(len(sizes)))
     room = Counter()
-    for _, package, folder, _, size in files:
+    for (package, folder), size in folders.items():
         room[package, folder in val] += min(1, limit / total[package]) * size
     # take the files that fit; the order of their hash mixes the packages
     chosen = []
@@ -297,361 +259,229 @@ def choose(files, max_mb):
     return chosen
 
 
-def python_corpus(max_mb):
-    """Yield Python's source, at most so many megabytes."""
-    for split, path in choose(python_files(), max_mb):
-        yield split, path.read_bytes().decode(errors="replace"), True
-
-
 # ---- corpora of text files and of downloads --------------------------------------------
 
-def check_text(path):
-    """Refuse what is not a file of text, and say what it is."""
-    if not os.path.exists(path):
-        fail(f"{path}: no such file; data sets, one at a time: {', '.join(DEFAULT_MB)}")
-    if not os.path.isfile(path):
-        fail(f"{path} is a folder, or not a regular file: name text files")
-    with open(path, "rb") as f:
-        head = f.read(1 << 16)
-    if not head:
-        fail(f"{path} is empty: give more text")
-    for magic, kind in MAGIC.items():
-        if head.startswith(magic):
-            fail(f"{path} is {kind}: unpack or convert it to plain UTF-8 text")
-    if b"\0" in head:
-        fail(f"{path} holds NUL bytes (binary, or UTF-16): convert it to UTF-8 text first")
-
-
-def read_blocks(path, chunk, errors):
-    """Yield the text of a file in blocks; of a .jsonl file its documents with markers."""
+def read_blocks(path, errors):
+    """Yield the text of a file in blocks of whole lines, so that no marker is cut. In a
+    .jsonl file each line is a document."""
     with open(path, encoding="utf-8-sig", errors=errors) as f:
+        while lines := f.readlines(CHUNK):
+            if "\0" in lines[0]:
+                raise ValueError("NUL bytes")
+            if Path(path).suffix.lower() == ".jsonl":
+                lines = [json.loads(line)["text"] + f"{EOT}\n"
+                         for line in lines if line.strip()]
+            # JSON can spell halves of characters, which UTF-8 cannot
+            yield "".join(lines).encode(errors="replace").decode()
+
+
+def documents(paths, errors="strict"):
+    """Yield the documents of text files. Those longer than CHUNK become several."""
+    for path in paths:
+        held = ""
         try:
-            if Path(path).suffix.lower() != ".jsonl":
-                while block := f.read(chunk):
-                    yield block
-                return
-            for number, line in enumerate(f, 1):
-                text = json_text(line, f"{path}, line {number}") if line.strip() else ""
-                for start in range(0, len(text), chunk):
-                    yield text[start:start + chunk]
-        except UnicodeDecodeError as error:
-            # its object ends where the file has been read to
-            offset = f.buffer.tell() - len(error.object) + error.start
-            fail(f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset "
-                 f"{offset:,}; convert it first")
-
-
-def json_text(line, place):
-    """Return the document in a line of JSON, with a marker behind it."""
-    try:
-        text = json.loads(line)["text"] + f"{EOT}\n"
-        # JSON can spell halves of characters, which UTF-8 cannot
-        text.encode()
-        return text
-    except (ValueError, KeyError, TypeError, RecursionError):
-        fail(f'{place}: not a JSON object with a "text" field')
-
-
-def read_text(path, chunk=CHUNK, whole=True):
-    """Yield (text, ends_document): a file cut at each marker, and a long document behind a
-    line, else before a space, else anywhere. If the file is not whole, what follows the
-    last marker is left out."""
-    # the start of a document, which waits for more or for the end of the file
-    held = ""
-    for block in read_blocks(path, chunk, "strict" if whole else "ignore"):
-        held += block
-        # the new line after the marker may be in the next block
-        if held.endswith(EOT):
-            continue
-        *ended, held = MARKER.split(held)
-        for document in ended:
-            yield document, True
-        # keep enough for a marker that has begun
-        while len(held) >= chunk + len(EOT):
-            end = held.rfind("\n", 0, chunk) + 1
-            if end == 0:
-                end = held.rfind(" ", 1, chunk)
-            if end < 0:
-                end = chunk
-            yield held[:end], False
-            held = held[end:]
-    *ended, held = MARKER.split(held)
-    for document in ended:
-        yield document, True
-    if held and whole:
-        yield held, True
+            for block in read_blocks(path, errors):
+                *ended, held = MARKER.split(held + block)
+                yield from ended
+                if len(held) > CHUNK:
+                    # in pieces, because one line may be the whole text
+                    for start in range(0, len(held), 2 * CHUNK):
+                        yield held[start:start + 2 * CHUNK]
+                    held = ""
+        except (ValueError, KeyError, TypeError) as error:
+            fail(f'{path} is not UTF-8 text, or not JSON lines with a "text" ({error}): '
+                 "unpack or convert it first")
+        yield held
 
 
 def text_corpus(files):
-    """Yield the pieces of a user's files. Validation is the last 5 % of all text, of a
-    small text up to a quarter. It begins behind a document if one ends nearby."""
-    total = 0
-    for text, ends in chain.from_iterable(map(read_text, files)):
-        total += len(text.encode()) + ends
-    n_val = max(0.05 * total, min(0.25 * total, 4096))
-    # pieces are small enough to place the border well
-    chunk = min(CHUNK, int(n_val / 8) + 1)
-    at, split, ended = 0, 0, True
-    for file in files:
-        for text, ends in read_text(file, chunk):
-            size = len(text.encode()) + ends
-            near = total - at < 1.25 * n_val
-            if split == 0 and (ended and near or at + size > total - n_val):
-                if not ended:
-                    yield 0, "", True
-                split = 1
-            yield split, text, ends
-            at, ended = at + size, ends
+    """Yield (split, document) of a user's files. Validation is the last 5 % of all text, of
+    a small text up to a quarter."""
+    total = sum(map(len, documents(files)))
+    left = int(total - max(0.05 * total, min(0.25 * total, 4096)))
+    for text in documents(files):
+        # the document that lies on the border becomes two
+        yield 0, text[:left]
+        yield 1, text[left:]
+        left = max(0, left - len(text))
 
 
-def tinystories_corpus(downloads, max_mb):
-    """Yield the pieces of TinyStories, of its train file at most so many megabytes."""
-    cap = max_mb * 1e6
-    for split, (name, size, sha256) in enumerate(TINYSTORIES["files"]):
-        path = downloads / name
-        if split == 0 and 0 < cap < size:
-            path, size, sha256 = downloads / f"{max_mb:g}MB-{name}", int(cap), None
-        download(TINYSTORIES, name, path, size, sha256)
-        # the cap leaves half a story at the end
-        for text, ends in read_text(path, whole=False):
-            yield split, text, ends
-
-
-def openwebtext_corpus(downloads, shards):
-    """Yield the documents of OpenWebText's first files."""
-    try:
-        import pyarrow.parquet
-    except ImportError:
+def hub_corpus(name, downloads, max_mb):
+    """Yield (split, document) of a data set on the hub. The cap may cut a story in two."""
+    if name == "openwebtext" and importlib.util.find_spec("pyarrow") is None:
         fail("openwebtext comes as parquet, which needs pyarrow: pip install pyarrow")
-    for i in range(shards):
-        name = OPENWEBTEXT["file"].format(i)
-        path = downloads / Path(name).name
-        known = [] if i else [OPENWEBTEXT["size"], OPENWEBTEXT["sha256"]]
-        download(OPENWEBTEXT, name, path, *known)
+    for split, (address, size, sha256) in enumerate(DOWNLOADS[name]):
+        path, cap = downloads / Path(address).name, int(max_mb * 1e6)
+        if split == 0 and 0 < cap < size:
+            path, size, sha256 = downloads / f"{max_mb:g}MB-{path.name}", cap, None
+        download(address, path, size, sha256)
+        if name == "tinystories":
+            for text in documents([path], errors="ignore"):
+                yield split, text
+            continue
+        import pyarrow.parquet
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(256, columns=["text"]):
             for text in batch.column(0).to_pylist():
                 # 3 of 256 documents are for validation: 1.2 %
-                yield int(key(text)[0] < 3), text, True
+                yield int(key(text)[0] < 3), text
 
 
-def download(dataset, name, path, size=None, sha256=None):
-    """Get the first size bytes of a file (None: all). They grow as path.part, resumed where
+def download(address, path, size, sha256):
+    """Get the first size bytes of a file on the hub. They grow as path.part, resumed where
     an earlier run stopped, and get their name once they are whole and checked."""
     if path.exists():
         return
-    base = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    url = f"{base}/datasets/{dataset['repo']}/resolve/{dataset['rev']}/{name}"
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    url = f"{hub.rstrip('/')}/{address}"
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = Path(f"{path}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
     part.touch()
-    while part.stat().st_size != size:
-        start, why = part.stat().st_size, "connection dropped"
-        try:
-            size = fetch(url, part, start, size)
-        except (OSError, HTTPException, ValueError) as error:
-            # 416: nothing lies behind what an earlier run fetched, so it is whole
-            if getattr(error, "code", None) == 416 and size is None and start:
-                break
-            # ValueError: an HF_ENDPOINT that is no address
-            why = error
-        # go on as long as each connection brings something
-        if part.stat().st_size <= start:
-            raise Offline(f"{url} could not be fetched ({why}); run again to resume it; the "
-                          "data set python needs no network")
-    if sha256 and sha256_of(part) != sha256:
+    try:
+        while part.stat().st_size < size:
+            fetch(url, part, size)
+    # ValueError: an HF_ENDPOINT that is no address
+    except (OSError, HTTPException, ValueError) as error:
+        raise Offline(f"{url} could not be fetched ({error}): run again to resume it, or "
+                      "use the data set python") from None
+    with open(part, "rb") as f:
+        found = hashlib.file_digest(f, "sha256").hexdigest()
+    if sha256 not in (None, found):
         # resumed, it would never become right
         part.unlink()
         fail(f"{url}: its sha256 is not {sha256}; deleted, so run again")
     part.replace(path)
 
 
-def fetch(url, part, start, size):
-    """Write to part what one connection brings from byte start on. Return the whole size.
-    Each byte is written at its own place, so two runs at once write the same file."""
+def fetch(url, part, size):
+    """Write to part what one connection brings of the rest of the first size bytes. Each
+    byte is written at its own place, so two runs at once write the same file."""
     from tqdm import tqdm
-    span = f"bytes={start}-{size - 1 if size else ''}"
-    request = urllib.request.Request(url, headers={"Range": span})
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
+    start = part.stat().st_size
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-{size - 1}"})
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as reply, open(part, "r+b") as f:
         # 200 instead of 206: the server ignores ranges and begins anew
-        have = start if reply.status == 206 else 0
-        # "bytes 0-99/1234", or "1234"
-        total = reply.headers["Content-Range"] or reply.headers["Content-Length"] or ""
-        total = int(total.rpartition("/")[2])
-        if total < (size or 1):
-            fail(f"{url}: its size is {total}, expected {size}: not the file we know")
-        size = size or total
+        f.seek(start if reply.status == 206 else 0)
         # disable=None: no bar where stderr is no terminal
-        bar = tqdm(total=size, initial=have, unit="B", unit_scale=True, disable=None)
-        with open(part, "r+b") as f, bar:
-            f.seek(have)
-            while block := reply.read1(min(CHUNK, size - have)):
-                have += f.write(block)
-                bar.update(len(block))
-    return size
-
-
-def sha256_of(path):
-    """Return the sha256 of a file, as hexadecimal digits."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+        bar = tqdm(total=size, initial=f.tell(), unit="B", unit_scale=True, disable=None)
+        while block := reply.read1(min(1 << 16, size - f.tell())):
+            bar.update(f.write(block))
+        bar.close()
+        if f.tell() <= start:
+            raise OSError("connection dropped")
 
 
 # ---- writing and loading ---------------------------------------------------------------
 
-def sample(pieces):
-    """Return at most SAMPLE_CHARS of train, spread over all of it: every stride-th piece.
-    Whenever there are too many, half of them are dropped and the stride doubles."""
-    kept, size, stride = [], 0, 1
-    train = (text for split, text, _ in pieces if split == 0)
-    for i, text in enumerate(train):
-        if i % stride:
-            continue
-        kept.append(text)
-        size += len(text)
-        if size > SAMPLE_CHARS:
-            kept, stride = kept[::2], 2 * stride
-            size = sum(map(len, kept))
-    return kept
+def corpus(args, downloads):
+    """Yield (split, document) of the data set that the arguments name."""
+    if args["files"]:
+        yield from text_corpus(args["files"])
+    elif args["name"] == "python":
+        for split, path in choose(python_files(), args["max_mb"]):
+            yield split, path.read_bytes().decode(errors="replace")
+    else:
+        yield from hub_corpus(args["name"], downloads, args["max_mb"])
 
 
-def write_bins(pieces, enc, paths):
-    """Encode into both files. Return what meta.json says of each, and the corpus's hash."""
-    counts, corpus = [Counter(), Counter()], hashlib.sha256()
-    with open(paths[0], "wb") as train, open(paths[1], "wb") as val:
-        while batch := list(islice(pieces, 64)):
-            texts = [text for _, text, _ in batch]
+def sample(args, downloads):
+    """Return every n-th document of train, about SAMPLE_CHARS in all."""
+    size = sum(len(text) for split, text in corpus(args, downloads) if split == 0)
+    train = (text for split, text in corpus(args, downloads) if split == 0)
+    return islice(train, 0, None, 1 + size // SAMPLE_CHARS)
+
+
+def write_bins(pairs, enc, folder):
+    """Write train.bin and val.bin. Return what meta.json says of each."""
+    found, hashes = [Counter(), Counter()], [hashlib.sha256(), hashlib.sha256()]
+    pairs = (pair for pair in pairs if pair[1])
+    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
+        while batch := list(islice(pairs, 64)):
+            texts = [text for _, text in batch]
             coded = enc.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
-            for (split, text, ends), ids in zip(batch, coded):
-                raw = text.encode()
-                if ends:
-                    ids.append(enc.eot_token)
-                (train, val)[split].write(np.array(ids, dtype="<u2").tobytes())
-                corpus.update(raw + EOT.encode() * ends)
-                counts[split].update(tokens=len(ids), documents=int(ends), bytes=len(raw))
-    for count, path in zip(counts, paths):
-        if not count["bytes"]:
-            total = sum(count["bytes"] for count in counts)
-            fail(f"no text is left for {path.name}, of {total:,} bytes: give more text")
-        count.update(size=os.path.getsize(path))
-        count["sha256"] = sha256_of(path)
-    return counts, corpus.hexdigest()
+            for (split, text), ids in zip(batch, coded):
+                raw = np.array([*ids, enc.eot_token], dtype="<u2").tobytes()
+                (train, val)[split].write(raw)
+                hashes[split].update(raw)
+                found[split].update(tokens=len(raw) // 2, documents=1, size=len(raw),
+                                    bytes=len(text.encode()))
+    if not (found[0] and found[1]):
+        fail("too little text for training and validation: give more")
+    return [{**counts, "sha256": sha.hexdigest()} for counts, sha in zip(found, hashes)]
 
 
 def check(folder):
-    """Return meta of a prepared folder. Raise ValueError if something is wrong with it."""
+    """Return meta.json of a prepared folder, or {} if the folder is not whole."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         for split in ("train", "val"):
-            size, expected = os.path.getsize(folder / f"{split}.bin"), meta[split]["size"]
-            if size != expected:
-                raise ValueError(f"{split}.bin has {size} bytes, meta.json says {expected}")
-        # the fields without which nothing can be done
-        meta["train"]["sha256"], meta["val"]["sha256"], meta["tokenizer"]["sha256"]
-        meta["vocab_size"], meta["eot"], len(meta["args"]["files"])
+            if os.path.getsize(folder / f"{split}.bin") != meta[split]["size"]:
+                return {}
         return meta
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} is not prepared, or is damaged ({error})") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def load(name, data_dir="data"):
     """Return meta and the ids of train and val, memory-mapped as uint16."""
     folder = Path(data_dir) / name
-    try:
-        meta = check(folder)
-    except ValueError as problem:
-        what = name if name in DEFAULT_MB else f"FILES --name {name}"
-        fail(f"{problem}; run: python prepare_data.py {what} --data_dir {data_dir}")
-    train = np.memmap(folder / "train.bin", dtype="<u2", mode="r")
-    return meta, train, np.memmap(folder / "val.bin", dtype="<u2", mode="r")
-
-
-def old_args(folder):
-    """Return the arguments that a folder was prepared with; {} if it is not prepared."""
-    try:
-        return check(folder)["args"]
-    except ValueError:
-        return {}
-
-
-def name_of(files, data_dir):
-    """Return a name made from the first file's, unless it would replace other files'."""
-    name = re.sub(r"\W+", "_", Path(files[0]).stem).strip("_") or "text"
-    if name in RESERVED:
-        name += "_text"
-    old = [stamp[0] for stamp in old_args(Path(data_dir) / name).get("files", [])]
-    if old and old != [os.path.abspath(file) for file in files]:
-        fail(f"{data_dir}/{name} was made from {', '.join(old)}: give a --name")
-    return name
+    meta = check(folder)
+    if not meta:
+        fail(f"{folder} is not prepared, or is damaged: make it with python prepare_data.py")
+    paths = folder / "train.bin", folder / "val.bin"
+    return meta, *(np.memmap(path, dtype="<u2", mode="r") for path in paths)
 
 
 def prepare(name=None, files=(), data_dir="data", max_mb=None, vocab_size=1024,
-            tokenizer="bpe", shards=1):
+            tokenizer="bpe"):
     """Return the folder with train.bin, val.bin and meta.json. Raise Offline where a server
-    does not answer; all else that a user can get wrong ends in fail()."""
-    for file in files:
-        check_text(file)
-    if files:
-        name = name or name_of(files, data_dir)
-        if name in RESERVED or not re.fullmatch(r"\w[\w.-]*", name):
-            fail(f"--name {name}: must be one word, and none of {', '.join(RESERVED)}")
-    elif name not in DEFAULT_MB:
-        fail(f"there is no data set {name}: give text files, or {', '.join(DEFAULT_MB)}")
+    does not answer; all else that a user can get wrong ends in one line."""
+    if len(files) == 1 and files[0] in DEFAULT_MB:
+        name, files = name or files[0], []
+    paths = [os.path.abspath(file) for file in files]
+    for path in paths:
+        if not os.path.isfile(path):
+            fail(f"{path} is neither a file nor one of {', '.join(DEFAULT_MB)}")
+    if files and not name:
+        name = re.sub(r"\W+", "_", Path(files[0]).stem)
+    if bool(files) == (name in DEFAULT_MB):
+        fail(f"--name {name}: text files need another name, and it needs text files")
     if not 257 <= vocab_size <= 65535:
         fail(f"--vocab_size {vocab_size}: must be 257 (bytes, end of text) to 65535")
-    if not 1 <= shards <= 80:
-        fail(f"--shards {shards}: must be 1 to 80")
     if max_mb is None:
         max_mb = DEFAULT_MB.get(name, 0)
     if not max_mb >= 0 or max_mb and name not in ("python", "tinystories"):
         fail(f"--max_mb {max_mb:g}: must be 0 (all) or more, for python and tinystories")
-    stamps = [[os.path.abspath(f), os.path.getsize(f), os.path.getmtime(f)] for f in files]
-    args = {"name": name, "files": stamps, "max_mb": max_mb, "vocab_size": vocab_size,
-            "tokenizer": tokenizer, "shards": shards, "python": sys.version.split()[0]}
+    args = {"name": name, "files": paths, "max_mb": max_mb, "vocab_size": vocab_size,
+            "tokenizer": tokenizer}
     folder = Path(data_dir) / name
-    if old_args(folder) == args:
-        print(f"{folder}: prepared with these arguments before; to do it again, delete it")
-        return folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        done = build(folder, args)
-    except OSError as error:
-        fail(f"{error.filename or data_dir}: {error.strerror or error}; what was prepared "
-             "before is untouched")
-    print(f"{folder}: {done}")
+    old = check(folder).get("args", {}).get("files", paths)
+    if old != paths:
+        fail(f"{folder} was made from {', '.join(old)}: delete it, or give a --name")
+    train, val = build(folder, args)
+    print(f"{folder}: {train['tokens']:,} tokens, and {val['tokens']:,} for validation")
     return folder
 
 
-def corpus(args, downloads):
-    """Return a fresh generator of the corpus's pieces."""
-    if args["files"]:
-        return text_corpus([stamp[0] for stamp in args["files"]])
-    if args["name"] == "python":
-        return python_corpus(args["max_mb"])
-    if args["name"] == "tinystories":
-        return tinystories_corpus(downloads, args["max_mb"])
-    return openwebtext_corpus(downloads, args["shards"])
-
-
 def build(folder, args):
-    """Write the three files, then move them to folder, meta.json last. Return a line."""
+    """Write the three files, then move them to folder, meta.json last."""
     texts, downloads = [], folder.parent / "downloads"
     if args["tokenizer"] == "bpe":
-        texts = sample(corpus(args, downloads))
+        texts = sample(args, downloads)
     tok = make_tokenizer(args["tokenizer"], texts, args["vocab_size"])
     enc = encoding(tok)
+    folder.mkdir(parents=True, exist_ok=True)
     # each run writes to a folder of its own, which goes however the run ends
     with TemporaryDirectory(dir=folder) as part:
-        new = [Path(part) / name for name in ("train.bin", "val.bin", "meta.json")]
-        (train, val), sha256 = write_bins(corpus(args, downloads), enc, new[:2])
-        meta = {"name": args["name"], "args": args, "corpus_sha256": sha256,
-                "vocab_size": enc.n_vocab, "eot": enc.eot_token, "tokenizer": tok,
-                "train": train, "val": val}
-        new[2].write_text(json.dumps(meta, indent=1))
+        new = Path(part)
+        train, val = write_bins(corpus(args, downloads), enc, new)
+        meta = {"name": args["name"], "args": args, "vocab_size": enc.n_vocab,
+                "eot": enc.eot_token, "tokenizer": tok, "train": train, "val": val}
+        (new / "meta.json").write_text(json.dumps(meta, indent=1))
         # if what follows is interrupted, no meta.json describes files old and new
         (folder / "meta.json").unlink(missing_ok=True)
-        for path in new:
-            path.replace(folder / path.name)
-    return f"{train['tokens']:,} tokens, and {val['tokens']:,} for validation"
+        for file in ("train.bin", "val.bin", "meta.json"):
+            (new / file).replace(folder / file)
+    return train, val
 
 
 # ---- what train.py sees ----------------------------------------------------------------
@@ -684,10 +514,10 @@ class Data:
         self.meta, self.train, val = load(self.name, data_dir)
         self.T, self.sequences_per_step = block_size, sequences_per_step
         # a sequence needs one token more, the target of its last one
-        for split, ids in (("training", self.train), ("validation", val)):
-            if len(ids) < block_size + 1:
-                fail(f"{self.name} has {len(ids):,} tokens of {split}, a sequence needs "
-                     f"{block_size + 1:,}: give more text, or a smaller --block_size")
+        shortest = min(len(self.train), len(val))
+        if shortest < block_size + 1:
+            fail(f"{self.name} has {shortest:,} tokens in a split, a sequence needs "
+                 f"{block_size + 1:,}: give more text, or a smaller --block_size")
         # one permutation for each pass that the steps need
         n, wanted = (len(self.train) - 1) // block_size, steps * sequences_per_step
         self.sequences_per_pass, self.passes = n, wanted / n
@@ -755,7 +585,7 @@ class Data:
 def main(argv=None):
     parser = make_parser(__doc__, "prepare_data.py [what ...] [options]")
     add = parser.add_argument
-    add("what", nargs="*", default=["python"],
+    add("files", metavar="what", nargs="*", default=["python"],
         help="python (default), tinystories, openwebtext, or text files")
     add("--name", help="name of a data set of text files (default: the first file's)")
     add("--data_dir", default="data", help="gets a folder per data set (default: data)")
@@ -764,18 +594,7 @@ def main(argv=None):
     add("--vocab_size", type=int, default=1024, help="tokens of the BPE (default: 1024)")
     add("--tokenizer", default="bpe", choices=("bpe", "gpt2"),
         help="bpe, trained on this text, or gpt2 (default: bpe)")
-    add("--shards", type=int, default=1,
-        help="how many of openwebtext's 80 files (default: 1)")
-    a = parser.parse_args(argv)
-    name, files = a.name, a.what
-    if len(files) == 1 and files[0] in DEFAULT_MB:
-        if name:
-            fail(f"--name {name}: is for text files; the data set {files[0]} has its name")
-        name, files = files[0], []
-    try:
-        prepare(name, files, a.data_dir, a.max_mb, a.vocab_size, a.tokenizer, a.shards)
-    except Offline as error:
-        fail(error)
+    prepare(**vars(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":
