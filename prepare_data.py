@@ -63,6 +63,10 @@ PACKAGES = """torch torchgen functorch sympy numpy matplotlib mpl_toolkits netwo
     fontTools pygments PIL mpmath pytest _pytest fsspec filelock jinja2 markupsafe packaging
     pyparsing urllib3 idna requests charset_normalizer certifi regex tiktoken tqdm
     typing_extensions contourpy kiwisolver cycler pluggy iniconfig dateutil""".split()
+# how common files begin that are not text
+MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "a zip archive", b"BZh": "bzip2",
+         b"\x28\xb5\x2f\xfd": "zstandard", b"\xfd7zXZ": "xz", b"PAR1": "parquet",
+         b"%PDF-": "a PDF", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 # folders that hold tests, copies of other packages, tables
 SKIP = set("""test tests testing idlelib _vendor vendor vendored extern external
     third_party _antlr encodings pydoc_data site-packages dist-packages""".split())
@@ -441,6 +445,9 @@ def prepare(name=None, files=(), data_dir="data", max_mb=None, vocab_size=1024,
     for path in paths:
         if not os.path.isfile(path):
             fail(f"{path} is neither a file nor one of {', '.join(DEFAULT_MB)}")
+        for magic, kind in MAGIC.items():
+            if open(path, "rb").read(8).startswith(magic):
+                fail(f"{path} is {kind}: unpack or convert it to UTF-8 text")
     if files and not name:
         name = re.sub(r"\W+", "_", Path(files[0]).stem)
     if bool(files) == (name in DEFAULT_MB):

@@ -24,7 +24,7 @@ from common import fail, make_parser, new_figure, run_script, write_whole
 from flags import check_device
 from model import generate, load_checkpoint, token_losses
 from offload import check_rows, place
-from prepare_data import Offline, encode_text, encoding
+from prepare_data import encode_text, encoding
 from train import watch
 
 
@@ -231,10 +231,7 @@ def main(argv=None):
     saved, model = load_checkpoint(path, map_file=args.table == "disk")
     if args.shade and not model.engrams():
         fail(f"--memory and --gates show a memory, and the {args.model} model has none")
-    try:
-        enc = encoding(saved["tokenizer"])
-    except (Offline, ValueError) as error:
-        fail(error)
+    enc = encoding(saved["tokenizer"])
     start = prompt_tokens(args.prompt, enc, model.cfg.block_size)
     if args.max_new_tokens == 0 and not (args.shade and len(start) > 1):
         fail("--max_new_tokens 0: nothing to do without a --prompt and --memory or --gates")

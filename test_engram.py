@@ -1325,9 +1325,9 @@ def test_mistakes_in_preparing(tmp_path, refused, monkeypatch):
         refused(word, run, prepare_data, *argv, *to)
     for word, name, content in [
             ("too little", "empty", b""), ("0xff", "bad", b"abc\n" * 5 + b"\xff"),
-            ("NUL", "nul", b"a\0b"), ("0x8b", "zip.txt", b"\x1f\x8b"),
+            ("NUL", "nul", b"a\0b"), ("gzip", "zip.txt", b"\x1f\x8b"),
             ("object", "a.jsonl", b'{"text": "a"}\n7'), ("'text'", "b.jsonl", b"{}"),
-            ("UTF-8", "late", b"a\n" * 9000 + b"\xe2\x82")]:
+            ("UTF-8", "late", b"a\n" * 9000 + b"\xe2\x82"), ("PDF", "a.pdf", b"%PDF-1")]:
         (tmp_path / name).write_bytes(content)
         refused(word, run, prepare_data, tmp_path / name, *to)
     (tmp_path / "half.jsonl").write_text('{"text": "\\ud800 half a character"}\n' * 99)

@@ -36,7 +36,7 @@ from model import (GPT, GPTConfig, accounting, hash_probe, load_checkpoint,
                    parameters_by_kind, token_losses)
 from muon import Muon
 from offload import check_rows, place
-from prepare_data import Data, Offline
+from prepare_data import Data
 from runs import HARMLESS, compare, differences, flat, plot
 from twins import count, crowding, shapes_of
 
@@ -432,11 +432,11 @@ def main(argv=None):
         fail("--compile needs a C++ compiler; there is no g++ or clang++ here: leave it out")
     new_figure()
     paths = checkpoints(cfg)
+    data = load_data(cfg, shape.block_size)
+    shape.vocab_size = data.meta["vocab_size"]
     try:
-        data = load_data(cfg, shape.block_size)
-        shape.vocab_size = data.meta["vocab_size"]
         shapes, lines = shapes_of(cfg.model, shape, cfg.rho, cfg.large)
-    except (Offline, ValueError) as error:
+    except ValueError as error:
         fail(error)
     # say what is about to happen
     for name in paths:

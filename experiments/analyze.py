@@ -27,7 +27,6 @@ import torch
 from common import default_device, fail, make_parser, new_figure, run_script, write_whole
 from engram import Engram, EngramConfig
 from model import load_checkpoint, token_losses
-from prepare_data import Offline
 from runs import differences, twin_differences
 from train import Config, autocast, load_data, watch
 
@@ -55,10 +54,7 @@ def load_pair(out_dir, twin=True):
             fail(f"{out_dir}: these are not twins, they differ in {', '.join(differ)}; "
                  "train both with one command, python train.py")
         moe.to(cfg.device)
-    try:
-        data = load_data(cfg, engram.cfg.block_size)
-    except (Offline, ValueError) as error:
-        fail(error)
+    data = load_data(cfg, engram.cfg.block_size)
     for split in ("train", "val"):
         if data.meta[split]["sha256"] != saved["run"][f"{split} data"]:
             fail(f"{cfg.data_dir}/{data.name} is not what this model was trained on: "

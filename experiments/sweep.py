@@ -32,7 +32,7 @@ from tqdm import tqdm
 from common import default_device, fail, machine_name, make_parser, run_script
 from experiments.analyze import COMMITTED, STYLES, interval, points
 from experiments.analyze import draw_picture, read_results, write_results
-from prepare_data import Offline, load, prepare
+from prepare_data import DEFAULT_MB, load, prepare
 from runs import crossing, read_log
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,12 +138,9 @@ def settle(sweep, dataset):
     """Prepare the data. Return what all runs of a sweep share: a part of their hashes."""
     device = default_device()
     folder = sweep.base.split("--data_dir ")[1].split()[0]
-    try:
-        if not (Path(folder) / dataset / "meta.json").exists():
-            prepare(dataset, data_dir=folder)
-        meta = load(dataset, folder)[0]
-    except (Offline, ValueError) as error:
-        fail(error)
+    if dataset in DEFAULT_MB and not (Path(folder) / dataset / "meta.json").exists():
+        prepare(dataset, data_dir=folder)
+    meta = load(dataset, folder)[0]
     every = -(-sweep.steps // sweep.evaluations)
     return {"flags": f"{sweep.base} --device {device} --dataset {dataset} --steps "
                      f"{sweep.steps} --eval_every {every}",
