@@ -81,6 +81,8 @@ ALLOCATION = {
     "0.33": engram_arm("--rho 0.33", "rho 0.33"),
     "0": engram_arm("--rho 0", "rho 0")}
 LONGER = {name: TWINS[name] for name in ("moe", "fewer", "token", "engram")}
+# Plain English: some 3.5 MB of TinyStories, prepared as a data set of this name.
+STORIES = {name: TWINS[name] for name in ("moe", "conv", "token", "engram", "large")}
 # Each changes one thing of Engram; the convolution stays as it is.
 CONTROLS = {
     "engram": ENGRAM,
@@ -109,14 +111,15 @@ class Sweep(NamedTuple):
     heading: str = ""                # of the picture
     along: bool = False              # are the names of the arms numbers to draw along?
     steps: int = 600
-    evaluations: int = 4
+    evaluations: int = 8
+    dataset: str = "python"
     seeds: int = 3
     first_seed: int = 21             # seed 10 is for choosing rates and shapes
 
 
 def sweeps():
     """Return {name: Sweep}."""
-    laptop = partial(Sweep, LAPTOP, evaluations=8)
+    laptop = partial(Sweep, LAPTOP)
     return {
         "twins": laptop(TWINS, "moe", say_claims, draw_curves, seeds=5),
         "baselines": laptop(BASELINES, "moe", say_claims, draw_differences,
@@ -128,8 +131,9 @@ def sweeps():
         "allocation": laptop(ALLOCATION, "1", None, draw_differences,
                              "Which share of the sparse parameters should experts keep?",
                              along=True, seeds=5),
+        "stories": laptop(STORIES, "moe", say_claims, draw_curves, dataset="stories"),
         "longer": laptop(LONGER, "moe", say_claims, draw_curves, steps=1200),
-        "rates": Sweep(LAPTOP, RATES, "moe 0.008", seeds=1, first_seed=10)}
+        "rates": laptop(RATES, "moe 0.008", evaluations=4, seeds=1, first_seed=10)}
 
 
 # ---- runs ----------------------------------------------------------------------------
@@ -361,7 +365,7 @@ def main(argv=None):
     add("--seeds", type=int, help="seeds per arm (default: 3; 1 where rates are chosen)")
     add("--arms", nargs="+", help="train only these and the reference (default: all)")
     add("--steps", type=int, help="steps per run (default: the sweep's own)")
-    add("--dataset", default="python", help="prepared if need be (default: %(default)s)")
+    add("--dataset", help="prepared if need be (default: the sweep's own)")
     add("--reference", help="print a table that compares with this arm, and nothing else")
     add("--plot", action="store_true", help="train nothing; read --results, by default "
         "experiments/results, the results that came with the code")
@@ -377,7 +381,7 @@ def main(argv=None):
         wanted = dict.fromkeys([sweep.reference, *(args.arms or sweep.arms)])
         if not wanted.keys() <= sweep.arms.keys():
             fail(f"--arms: {args.name} has {', '.join(sweep.arms)}")
-        run_all(path, sweep, wanted, args.dataset)
+        run_all(path, sweep, wanted, args.dataset or sweep.dataset)
     if args.reference:
         sweep = sweep._replace(reference=args.reference, say=None, draw=None)
     runs = finished_runs(path, sweep)

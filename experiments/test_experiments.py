@@ -100,7 +100,7 @@ def test_a_sweep_continues_where_it_was(corpus, tmp_path, monkeypatch, capsys):
     """A finished run trained again; one that was interrupted taken for a result, or begun
     again; the committed results overwritten."""
     path, commands, cut = Path("runs/results/controls.json"), [], []
-    argv = "controls --dataset mine --steps 8 --seeds 1 --arms moe".split()
+    argv = "controls --dataset mine --steps 8 --seeds 1 --arms ungated".split()
 
     def run_here(command, **how):
         commands.append([str(part) for part in command[2:]])
@@ -115,7 +115,7 @@ def test_a_sweep_continues_where_it_was(corpus, tmp_path, monkeypatch, capsys):
 
     # tiny runs, in an empty folder and in this process
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sweep, "SMALL", f"{TINY} --data_dir {corpus} --n_expert 12")
+    monkeypatch.setattr(sweep, "LAPTOP", f"{TINY} --data_dir {corpus} --n_expert 12")
     monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(run=run_here))
     monkeypatch.setattr(sweep, "ThreadPoolExecutor", lambda n: ThreadPoolExecutor(1))
     # Ctrl-C after the first checkpoint of the first run
@@ -126,7 +126,7 @@ def test_a_sweep_continues_where_it_was(corpus, tmp_path, monkeypatch, capsys):
     sweep.main(argv)
     assert any("--resume" in command for command in commands)
     runs = json.loads(path.read_text())["runs"]
-    assert [run["arm"] for run in runs] == ["engram", "moe"]
+    assert [run["arm"] for run in runs] == ["engram", "ungated"]
     assert path.with_suffix(".png").stat().st_size > 5000
     # what is finished is not trained again
     n = len(commands)
@@ -134,9 +134,9 @@ def test_a_sweep_continues_where_it_was(corpus, tmp_path, monkeypatch, capsys):
     assert len(commands) == n and json.loads(path.read_text())["runs"] == runs
     said = refused(capsys, sweep.main, *argv, "--results", analyze.COMMITTED)
     assert "came with the code" in said
-    argv = "controls --plot --results runs/results --reference moe".split()
+    argv = "controls --plot --results runs/results --reference ungated".split()
     sweep.main(argv)
-    assert re.search(r"MoE-only twin .* \| reference \|", capsys.readouterr().out)
+    assert re.search(r"no gate .* \| reference \|", capsys.readouterr().out)
     path.write_text(path.read_text()[:99])
     assert "damaged" in refused(capsys, sweep.main, *argv)
 
