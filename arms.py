@@ -28,7 +28,8 @@ class Progress:
         # the twin has been evaluated up to this step; if it is not trained here, do not wait
         self.twin_step = 0 if TWIN in names else steps
         # disable=None: no bar where stderr is no terminal
-        self.bar = tqdm(total=steps * len(names), unit="step", leave=False, disable=None)
+        self.bar = tqdm(total=steps * len(names), unit="step", leave=False,
+                        disable=True if os.environ.get("RANK", "0") != "0" else None)
 
     def __call__(self, name, step, loss=None, record=None):
         """loss: of the last step; record: of an evaluation."""

@@ -15,6 +15,9 @@ from pathlib import Path
 
 def fail(message):
     """Print one line on stderr and exit with code 2. Every mistake of a user ends so."""
+    if os.environ.get("RANK", "0") != "0":
+        # of several processes the first says it
+        raise SystemExit(2)
     # on a terminal a progress bar may stand in the current line
     start = "\n" if sys.stderr.isatty() else ""
     print(f"{start}error: {message}", file=sys.stderr)

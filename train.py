@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import ranks
 from arms import Progress, side_by_side
 from common import (commit, fail, free_memory, keep_freed_memory, machine_name, new_figure,
                     peak_bytes, run_script, write_whole)
@@ -114,12 +115,14 @@ def train(name, shape, cfg, tell):
     data = load_data(cfg, shape.block_size)
     path, device = Path(cfg.out_dir) / name / "ckpt.pt", torch.device(cfg.device)
     model, backbone, row_adam, state = start(path, shape, cfg, data)
+    shared = ranks.share_tables(model, row_adam)
     # compiled or not, it is the same model; evaluation uses it uncompiled
     forward = torch.compile(model) if cfg.compile else model
     moes = [block.moe for block in model.blocks if block.moe.n_expert]
-    # a step is computed in micro-batches, slices of its sequences
-    n_sequences = cfg.tokens_per_step // shape.block_size
+    # this rank's share of a step is computed in micro-batches, slices of its sequences
+    n_sequences = cfg.tokens_per_step // shape.block_size // ranks.RANKS
     parts = [slice(i, i + cfg.batch_size) for i in range(0, n_sequences, cfg.batch_size)]
+    share = slice(ranks.RANK * n_sequences, (ranks.RANK + 1) * n_sequences)
     first_step, lr = state["step"], 0.0
     tell(name, first_step)
     # since the last evaluation: when it ended, loss and load of each step
@@ -129,7 +132,7 @@ def train(name, shape, cfg, tell):
 
         # ---- evaluate, log and save: every eval_every steps, and after the last one
         due = step % cfg.eval_every == 0 or step == cfg.steps
-        if due and step > first_step:
+        if due and step > first_step and ranks.RANK == 0:
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
             spent = time.perf_counter() - began                    # in training alone
@@ -146,7 +149,7 @@ def train(name, shape, cfg, tell):
             break
 
         # ---- forward and backward
-        x, y = (torch.from_numpy(ids).to(device) for ids in data.batch(step))
+        x, y = (torch.from_numpy(ids[share]).to(device) for ids in data.batch(step))
         # this needs tokens alone, so rows are under way before the forward pass
         reads = model.read(x)
         loss = 0.0
@@ -156,6 +159,10 @@ def train(name, shape, cfg, tell):
                 nats = forward(x[part], y[part], part_reads)[1] / len(parts)
             nats.backward()
             loss += nats.detach()
+        # several ranks: from here on all have the same loss, gradients and rows
+        ranks.mean([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
+        ranks.mean([moe.load for moe in moes])
+        reads = ranks.exchange(reads, row_adam.tables)
         # here, and in unique() within model.read, the program waits for a GPU
         loss = loss.item()
         check_finite(loss, step, path)
@@ -171,7 +178,7 @@ def train(name, shape, cfg, tell):
                 group["lr"] = lr * group["lr_scale"]
             optimizer.step()
             optimizer.zero_grad()
-        row_adam.step(reads, lr * cfg.table_lr)
+        ranks.update(row_adam, reads, lr * cfg.table_lr, shared)
         # balance the experts; each layer returns how uneven its load was
         uneven = [moe.move_bias(cfg.balance_step * lr / cfg.lr) for moe in moes]
         loads.append(sum(uneven) / max(1, len(moes)))
@@ -232,7 +239,8 @@ def start(path, shape, cfg, data):
         saved["header"].setdefault("resumed", []).append(again)
         saved["header"]["config"]["steps"] = cfg.steps
         state |= {key: saved[key] for key in ("step", "seconds", "records", "header")}
-        write_log(path.with_name("log.jsonl"), state)
+        if ranks.RANK == 0:
+            write_log(path.with_name("log.jsonl"), state)
     return model, backbone, row_adam, state
 
 
@@ -388,11 +396,11 @@ def read_flags(argv):
     try:
         values["engram"] = build(EngramConfig, values, "engram_")
         cfg, shape = build(Config, values), build(GPTConfig, values)
-        at_once = cfg.batch_size * shape.block_size
+        at_once = ranks.RANKS * cfg.batch_size * shape.block_size
         if cfg.tokens_per_step % at_once:
             raise ValueError(f"tokens_per_step {cfg.tokens_per_step} is not a multiple of "
-                             f"batch_size * block_size = {cfg.batch_size} * "
-                             f"{shape.block_size} = {at_once}")
+                             f"processes * batch_size * block_size = {ranks.RANKS} * "
+                             f"{cfg.batch_size} * {shape.block_size} = {at_once}")
     except ValueError as error:
         fail(error)
     return cfg, shape
@@ -421,18 +429,15 @@ def checkpoints(cfg):
 def main(argv=None):
     keep_freed_memory()
     cfg, shape = read_flags(argv)
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        # all processes end, the first says why
-        if os.environ.get("RANK", "0") != "0":
-            raise SystemExit(2)
-        fail("several processes are not supported: start python train.py, not torchrun")
+    cfg.device = ranks.begin(cfg.device)
     # fail now, not at the first step or plot, if a compiler or matplotlib is missing
     compilers = (os.environ.get("CXX", "g++"), "clang++")
     if cfg.compile and not any(map(shutil.which, compilers)):
         fail("--compile needs a C++ compiler; there is no g++ or clang++ here: leave it out")
     new_figure()
-    paths = checkpoints(cfg)
-    data = load_data(cfg, shape.block_size)
+    paths = ranks.in_turn(partial(checkpoints, cfg))
+    cfg.dtype = ranks.of_first(cfg.dtype)
+    data = ranks.in_turn(partial(load_data, cfg, shape.block_size))
     shape.vocab_size = data.meta["vocab_size"]
     try:
         shapes, lines = shapes_of(cfg.model, shape, cfg.rho, cfg.large)
@@ -449,12 +454,14 @@ def main(argv=None):
               f"        validated on {data.val_y.size:,} others"]
     if data.passes > 2:
         lines.append("        tables overfit beyond about two: watch the validation loss")
-    print(*lines, f"run     {cfg.dtype} on {machine_name(cfg.device)}", sep="\n", flush=True)
+    if ranks.RANK == 0:
+        lines.append(f"run     {cfg.dtype} on {machine_name(cfg.device)}")
+        print(*lines, sep="\n", flush=True)
     # train one model after the other, or on a CPU side by side
     tell = Progress(paths, cfg.steps)
     jobs = {name: partial(train, name, shapes[name], cfg) for name in paths}
     try:
-        if cfg.device == "cpu" and min(len(jobs), torch.get_num_threads()) > 1:
+        if cfg.device == "cpu" and min(len(jobs), torch.get_num_threads()) > 1 == ranks.RANKS:
             side_by_side(jobs, tell)
         else:
             for job in jobs.values():
@@ -469,8 +476,10 @@ def main(argv=None):
         print(f"\nstopped; {message}", file=sys.stderr)
         raise SystemExit(130) from None
     # the result
-    plot(cfg.out_dir)
-    print("", *compare(cfg.out_dir), f"curves: {Path(cfg.out_dir) / 'loss.png'}", sep="\n")
+    if ranks.RANK == 0:
+        plot(cfg.out_dir)
+        lines = [*compare(cfg.out_dir), f"curves: {Path(cfg.out_dir) / 'loss.png'}"]
+        print("", *lines, sep="\n")
 
 
 if __name__ == "__main__":

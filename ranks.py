@@ -1,0 +1,141 @@
+"""
+Several processes on one machine, a share of each step's sequences for each of them:
+
+    torchrun --standalone --nproc_per_node=2 train.py --table host
+
+The idea: all ranks hold the same backbone and apply the same gradient, the mean over the
+ranks, so they stay equal to the last bit. Of a table they exchange the rows that a step has
+read, with their gradients. A resident table is updated by every rank in the same way. With
+--table host there is one table for all, in memory that the ranks share, and a row is
+updated by one of them, its owner: no locks, and no update is lost.
+
+Without torchrun there is one rank, and every function here returns at once.
+"""
+import os
+from tempfile import NamedTemporaryFile
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from engram import Read
+
+RANK = int(os.environ.get("RANK", 0))
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def begin(device):
+    """Join the other ranks. Return the device of this one."""
+    if RANKS == 1:
+        return device
+    cuda = device.startswith("cuda")
+    dist.init_process_group("nccl" if cuda else "gloo")
+    return f"cuda:{os.environ['LOCAL_RANK']}" if cuda else device
+
+
+def in_turn(call):
+    """Return call(), on rank 0 first: what it has prepared, the others find."""
+    if RANKS > 1 and RANK > 0:
+        dist.barrier()
+    result = call()
+    if RANKS > 1 and RANK == 0:
+        dist.barrier()
+    return result
+
+
+def of_first(value):
+    """Return the value that rank 0 gives."""
+    values = [value]
+    if RANKS > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def mean(tensors):
+    """Replace each tensor by its mean over the ranks."""
+    if RANKS > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor /= RANKS
+
+
+def exchange(reads, tables):
+    """Return reads of the rows that any rank has read, with the mean of their gradients."""
+    if RANKS == 1:
+        return reads
+    exchanged = []
+    for read, table in zip(reads, tables, strict=True):
+        grad = read.leaf.grad
+        # ranks have read different numbers of rows: fill up to the longest with row -1
+        longest = torch.tensor(len(grad), device=grad.device)
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+        missing = int(longest) - len(grad)
+        row_ids = gather(F.pad(read.row_ids.to(grad.device), (0, missing), value=-1))
+        grads = gather(F.pad(grad, (0, 0, 0, missing)))
+        # each row once, as in Engram.read
+        row_ids, inverse = row_ids.unique(return_inverse=True)
+        grad = grad.new_zeros(len(row_ids), grad.size(1)).index_add_(0, inverse, grads)
+        # of the numbers that fill up there is one left, in front
+        real = row_ids >= 0
+        row_ids, grad = row_ids[real].to(table.device), grad[real] / RANKS
+        exchanged.append(with_gradient(row_ids, table[row_ids].to(grad.device), grad))
+    return exchanged
+
+
+def gather(tensor):
+    """Return the tensors of all ranks, one behind the other."""
+    parts = [torch.empty_like(tensor) for _ in range(RANKS)]
+    dist.all_gather(parts, tensor)
+    return torch.cat(parts)
+
+
+def with_gradient(row_ids, values, grad):
+    leaf = values.requires_grad_()
+    leaf.grad = grad
+    return Read(row_ids, leaf, None, None)
+
+
+def update(row_adam, reads, lr, shared):
+    """Update the tables, and if all ranks share them, each rank the rows that it owns."""
+    if not shared:
+        row_adam.step(reads, lr)
+        return
+    owned = []
+    for read in reads:
+        mine = read.row_ids % RANKS == RANK
+        here = mine.to(read.leaf.device)
+        owned.append(with_gradient(read.row_ids[mine], read.leaf.detach()[here],
+                                   read.leaf.grad[here]))
+    row_adam.step(owned, lr)
+    # nobody reads a row before its owner has written it
+    dist.barrier()
+
+
+def share_tables(model, row_adam):
+    """Have all ranks use one table if it is in host memory. Tell whether they do."""
+    engrams = model.engrams()
+    if RANKS == 1 or not engrams or engrams[0].fetch is None:
+        return False
+    for i, (engram, state) in enumerate(zip(engrams, row_adam.state, strict=True)):
+        engram.table = row_adam.tables[i] = share(engram.table)
+        for key in state:
+            state[key] = share(state[key])
+    return True
+
+
+def share(tensor):
+    """Return a tensor in memory that all ranks share, with the values of rank 0."""
+    folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    with NamedTemporaryFile(dir=folder) as file:
+        name = of_first(file.name)
+        if RANK == 0:
+            # too little room is found here, not when a page is written
+            os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
+        dist.barrier()
+        shared = torch.from_file(name, True, tensor.numel(), dtype=tensor.dtype)
+        shared = shared.view(tensor.shape)
+        if RANK == 0:
+            shared.copy_(tensor)
+        # the file loses its name, and goes with the last rank
+        dist.barrier()
+    return shared
