@@ -546,10 +546,12 @@ class Data:
         rows = np.stack([tokens[s:s + self.T + 1] for s in starts]).astype(np.int64)
         return rows[:, :-1].copy(), rows[:, 1:].copy()
 
-    def batch(self, step):
-        """Return x, y [sequences_per_step, T], which depend on seed and step alone."""
-        n = self.sequences_per_step
-        return self.sequences(self.train, self.order[step * n:(step + 1) * n] * self.T)
+    def batch(self, step, rank=0, ranks=1):
+        """Return x, y [sequences_per_step, T], which depend on seed and step alone; of
+        several ranks, the share of one."""
+        n = self.sequences_per_step // ranks
+        first = (step * ranks + rank) * n
+        return self.sequences(self.train, self.order[first:first + n] * self.T)
 
     def grams(self, x, y, order):
         """Return, as numbers, the n-grams that lie within each sequence and its target."""

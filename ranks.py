@@ -51,35 +51,31 @@ def of_first(value):
     return values[0]
 
 
-def mean(tensors):
-    """Replace each tensor by its mean over the ranks."""
-    if RANKS > 1:
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-            tensor /= RANKS
-
-
-def exchange(reads, tables):
-    """Return reads of the rows that any rank has read, with the mean of their gradients."""
+def meet(loss, model, moes, reads, tables):
+    """After the backward pass, give all ranks the same loss, gradients and load of experts.
+    Return reads of the rows that any rank has read."""
     if RANKS == 1:
         return reads
-    exchanged = []
-    for read, table in zip(reads, tables, strict=True):
-        grad = read.leaf.grad
-        # ranks have read different numbers of rows: fill up to the longest with row -1
-        longest = torch.tensor(len(grad), device=grad.device)
-        dist.all_reduce(longest, dist.ReduceOp.MAX)
-        missing = int(longest) - len(grad)
-        row_ids = gather(F.pad(read.row_ids.to(grad.device), (0, missing), value=-1))
-        grads = gather(F.pad(grad, (0, 0, 0, missing)))
-        # each row once, as in Engram.read
-        row_ids, inverse = row_ids.unique(return_inverse=True)
-        grad = grad.new_zeros(len(row_ids), grad.size(1)).index_add_(0, inverse, grads)
-        # of the numbers that fill up there is one left, in front
-        real = row_ids >= 0
-        row_ids, grad = row_ids[real].to(table.device), grad[real] / RANKS
-        exchanged.append(with_gradient(row_ids, table[row_ids].to(grad.device), grad))
-    return exchanged
+    for tensor in (loss, *(p.grad for p in model.parameters()), *(moe.load for moe in moes)):
+        dist.all_reduce(tensor)
+        tensor /= RANKS
+    return [exchange(read, table) for read, table in zip(reads, tables, strict=True)]
+
+
+def exchange(read, table):
+    """Return a Read of all ranks' rows, with the mean of their gradients."""
+    grad = read.leaf.grad
+    # ranks have read different numbers of rows: fill up to the longest with row -1
+    longest = torch.tensor(len(grad), device=grad.device)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    missing = int(longest) - len(grad)
+    row_ids = gather(F.pad(read.row_ids.to(grad.device), (0, missing), value=-1))
+    grads = gather(F.pad(grad, (0, 0, 0, missing))) / RANKS
+    # each row once, as in Engram.read
+    row_ids, inverse = row_ids.unique(return_inverse=True)
+    grad = grads.new_zeros(len(row_ids), grads.size(1)).index_add_(0, inverse, grads)
+    real = row_ids >= 0
+    return with_gradient(table, row_ids[real], grad[real])
 
 
 def gather(tensor):
@@ -89,38 +85,34 @@ def gather(tensor):
     return torch.cat(parts)
 
 
-def with_gradient(row_ids, values, grad):
-    leaf = values.requires_grad_()
+def with_gradient(table, row_ids, grad):
+    leaf = table[row_ids.to(table.device)].to(grad.device).requires_grad_()
     leaf.grad = grad
     return Read(row_ids, leaf, None, None)
 
 
-def update(row_adam, reads, lr, shared):
-    """Update the tables, and if all ranks share them, each rank the rows that it owns."""
-    if not shared:
+def update(row_adam, reads, lr):
+    """Update the tables; if all ranks share them, each rank the rows that it owns."""
+    if RANKS == 1 or not row_adam.tables or not row_adam.tables[0].is_shared():
         row_adam.step(reads, lr)
         return
     owned = []
-    for read in reads:
+    for read, table in zip(reads, row_adam.tables, strict=True):
         mine = read.row_ids % RANKS == RANK
-        here = mine.to(read.leaf.device)
-        owned.append(with_gradient(read.row_ids[mine], read.leaf.detach()[here],
-                                   read.leaf.grad[here]))
+        owned.append(with_gradient(table, read.row_ids[mine], read.leaf.grad[mine]))
     row_adam.step(owned, lr)
     # nobody reads a row before its owner has written it
     dist.barrier()
 
 
 def share_tables(model, row_adam):
-    """Have all ranks use one table if it is in host memory. Tell whether they do."""
-    engrams = model.engrams()
-    if RANKS == 1 or not engrams or engrams[0].fetch is None:
-        return False
-    for i, (engram, state) in enumerate(zip(engrams, row_adam.state, strict=True)):
-        engram.table = row_adam.tables[i] = share(engram.table)
-        for key in state:
-            state[key] = share(state[key])
-    return True
+    """Have all ranks use one table, with its moments, if it is in host memory."""
+    for i, engram in enumerate(model.engrams()):
+        if RANKS > 1 and engram.fetch is not None:
+            engram.table = row_adam.tables[i] = share(engram.table)
+            state = row_adam.state[i]
+            for key in state:
+                state[key] = share(state[key])
 
 
 def share(tensor):

@@ -771,6 +771,53 @@ def test_runs_that_are_no_twins(trained, tmp_path):
     assert [runs.crossing(records, loss) for loss in (4, 6, 1)] == [15, 10, None]
 
 
+# ---- several processes -----------------------------------------------------------------
+
+def ranks(n, *argv):
+    """Run train.py as n processes."""
+    torchrun = f"python -m torch.distributed.run --standalone --nproc_per_node={n}"
+    return shell(f"{torchrun} train.py {shlex.join(map(str, argv))}")
+
+
+def test_ranks_train_as_one_process(corpus, tmp_path):
+    """A gradient that is not averaged, rows that get lost or are updated twice, experts that
+    are balanced by one rank's load; a checkpoint that another number cannot resume."""
+    argv = [*corpus, *TINY, "--model", "engram", "--engram_blocks", 0, 1, "--batch_size", 1,
+            "--tokens_per_step", 192, "--device", "cpu"]
+
+    def weights(*runs):
+        """Train in turn, as so many processes, up to so many steps."""
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        for n, where, steps in runs:
+            flags = [*argv, "--table", where, "--steps", steps, "--out_dir", out]
+            flags += ["--resume"] * out.exists()
+            if n == 1:
+                run(train, *flags)
+            else:
+                done = ranks(n, *flags)
+                assert done.returncode == 0 and done.stdout.count("training tokens") == 1
+        return load_checkpoint(out / "engram" / "ckpt.pt")[1].state_dict()
+
+    one = weights((1, "host", 6), (1, "host", 8), (1, "host", 12))
+    for others in (weights((2, "host", 6), (1, "host", 8), (2, "resident", 12)),
+                   weights((3, "host", 6), (3, "host", 8), (1, "host", 12))):
+        for key, want in one.items():
+            torch.testing.assert_close(others[key], want, rtol=0, atol=5e-4)
+
+
+def test_a_rank_that_dies_ends_the_others(corpus, tmp_path):
+    """Processes that wait for ever; an error that every rank prints."""
+    argv = [*corpus, *TINY, "--model", "engram", "--out_dir", tmp_path, "--device", "cpu"]
+    assert "processes * batch_size" in one_error(ranks(3, *argv))
+    command = "-m torch.distributed.run --standalone --nproc_per_node=2 train.py".split()
+    with started(*command, *map(str, argv), "--steps", "100000") as torchrun:
+        wait_until((tmp_path / "engram" / "ckpt.pt").exists, 120)
+        children = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True)
+        os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+        torchrun.communicate(timeout=60)
+    assert torchrun.returncode == 1
+
+
 # ---- where the table lives -------------------------------------------------------------
 
 @pytest.mark.parametrize("prefetch", [True, False])

@@ -115,24 +115,22 @@ def train(name, shape, cfg, tell):
     data = load_data(cfg, shape.block_size)
     path, device = Path(cfg.out_dir) / name / "ckpt.pt", torch.device(cfg.device)
     model, backbone, row_adam, state = start(path, shape, cfg, data)
-    shared = ranks.share_tables(model, row_adam)
     # compiled or not, it is the same model; evaluation uses it uncompiled
     forward = torch.compile(model) if cfg.compile else model
     moes = [block.moe for block in model.blocks if block.moe.n_expert]
     # this rank's share of a step is computed in micro-batches, slices of its sequences
     n_sequences = cfg.tokens_per_step // shape.block_size // ranks.RANKS
     parts = [slice(i, i + cfg.batch_size) for i in range(0, n_sequences, cfg.batch_size)]
-    share = slice(ranks.RANK * n_sequences, (ranks.RANK + 1) * n_sequences)
-    first_step, lr = state["step"], 0.0
-    tell(name, first_step)
+    lr = 0.0
+    tell(name, state["step"])
     # since the last evaluation: when it ended, loss and load of each step
     began, losses, loads = time.perf_counter(), [], []
 
-    for step in range(first_step, cfg.steps + 1):
+    for step in range(state["step"], cfg.steps + 1):
 
         # ---- evaluate, log and save: every eval_every steps, and after the last one
         due = step % cfg.eval_every == 0 or step == cfg.steps
-        if due and step > first_step and ranks.RANK == 0:
+        if due and losses and ranks.RANK == 0:
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
             spent = time.perf_counter() - began                    # in training alone
@@ -149,7 +147,8 @@ def train(name, shape, cfg, tell):
             break
 
         # ---- forward and backward
-        x, y = (torch.from_numpy(ids[share]).to(device) for ids in data.batch(step))
+        x, y = (torch.from_numpy(ids).to(device)
+                for ids in data.batch(step, ranks.RANK, ranks.RANKS))
         # this needs tokens alone, so rows are under way before the forward pass
         reads = model.read(x)
         loss = 0.0
@@ -159,17 +158,15 @@ def train(name, shape, cfg, tell):
                 nats = forward(x[part], y[part], part_reads)[1] / len(parts)
             nats.backward()
             loss += nats.detach()
-        # several ranks: from here on all have the same loss, gradients and rows
-        ranks.mean([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
-        ranks.mean([moe.load for moe in moes])
-        reads = ranks.exchange(reads, row_adam.tables)
+        missing = [key for key, p in model.named_parameters() if p.grad is None]
+        assert not missing, f"no gradient reached {missing}"
+        # several processes: from here on all have the same loss, gradients and rows
+        reads = ranks.meet(loss, model, moes, reads, row_adam.tables)
         # here, and in unique() within model.read, the program waits for a GPU
         loss = loss.item()
         check_finite(loss, step, path)
 
         # ---- update
-        missing = [key for key, p in model.named_parameters() if p.grad is None]
-        assert not missing, f"no gradient reached {missing}"
         leaves = [read.leaf for read in reads]
         torch.nn.utils.clip_grad_norm_([*model.parameters(), *leaves], cfg.grad_clip)
         lr = learning_rate(step, cfg)
@@ -178,7 +175,7 @@ def train(name, shape, cfg, tell):
                 group["lr"] = lr * group["lr_scale"]
             optimizer.step()
             optimizer.zero_grad()
-        ranks.update(row_adam, reads, lr * cfg.table_lr, shared)
+        ranks.update(row_adam, reads, lr * cfg.table_lr)
         # balance the experts; each layer returns how uneven its load was
         uneven = [moe.move_bias(cfg.balance_step * lr / cfg.lr) for moe in moes]
         loads.append(sum(uneven) / max(1, len(moes)))
@@ -241,6 +238,7 @@ def start(path, shape, cfg, data):
         state |= {key: saved[key] for key in ("step", "seconds", "records", "header")}
         if ranks.RANK == 0:
             write_log(path.with_name("log.jsonl"), state)
+    ranks.share_tables(model, row_adam)
     return model, backbone, row_adam, state
 
 
