@@ -121,7 +121,6 @@ def train(name, shape, cfg, tell):
     # this rank's share of a step is computed in micro-batches, slices of its sequences
     n_sequences = cfg.tokens_per_step // shape.block_size // ranks.RANKS
     parts = [slice(i, i + cfg.batch_size) for i in range(0, n_sequences, cfg.batch_size)]
-    lr = 0.0
     tell(name, state["step"])
     # since the last evaluation: when it ended, loss and load of each step
     began, losses, loads = time.perf_counter(), [], []
@@ -135,7 +134,7 @@ def train(name, shape, cfg, tell):
                 torch.accelerator.synchronize(device)
             spent = time.perf_counter() - began                    # in training alone
             state["step"], state["seconds"] = step, state["seconds"] + spent
-            record = progress(state, cfg, lr, losses, loads, spent)
+            record = progress(state, cfg, losses, loads, spent)
             record |= evaluate(model, row_adam, data, cfg.batch_size, autocast(cfg))
             check_finite(record["val_loss"], step, path)
             state["records"].append(record)
@@ -343,13 +342,13 @@ def evaluate(model, row_adam, data, batch_size, precision):
     return record
 
 
-def progress(state, cfg, lr, losses, loads, spent):
+def progress(state, cfg, losses, loads, spent):
     """Return what a log says of the training since the last evaluation. losses, loads: of
     its steps; spent: its seconds."""
     tokens = len(losses) * cfg.tokens_per_step
     return {"step": state["step"], "tokens": state["step"] * cfg.tokens_per_step,
-            "seconds": state["seconds"], "tokens_per_s": tokens / spent, "lr": lr,
-            "train_loss": sum(losses) / len(losses),
+            "seconds": state["seconds"], "tokens_per_s": tokens / spent,
+            "lr": learning_rate(state["step"] - 1, cfg), "train_loss": sum(losses) / len(losses),
             "load_max": float(sum(loads)) / len(loads),
             "peak_bytes": peak_bytes(cfg.device)}
 
