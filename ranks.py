@@ -3,9 +3,9 @@ Several processes on one machine, a share of each step's sequences for each of t
 
     torchrun --standalone --nproc_per_node=2 train.py --table host
 
-The idea: all ranks hold the same backbone and apply the same gradient, the mean over the
-ranks, so they stay equal to the last bit. Of a table they exchange the rows that a step has
-read, with their gradients. A resident table is updated by every rank in the same way. With
+The idea: all processes (ranks) hold the same backbone and apply the same gradient, the mean
+over the ranks, so they stay equal. Of a table they exchange the rows that a step has read,
+with their gradients. A resident table is updated by every rank in the same way. With
 --table host there is one table for all, in memory that the ranks share, and a row is
 updated by one of them, its owner: no locks, and no update is lost.
 
@@ -93,7 +93,9 @@ def with_gradient(table, row_ids, grad):
 
 def update(row_adam, reads, lr):
     """Update the tables; if all ranks share them, each rank the rows that it owns."""
-    if RANKS == 1 or not row_adam.tables or not row_adam.tables[0].is_shared():
+    # (a tensor on a GPU always says that it is shared)
+    one_table = any(table.is_shared() and not table.is_cuda for table in row_adam.tables)
+    if RANKS == 1 or not one_table:
         row_adam.step(reads, lr)
         return
     owned = []

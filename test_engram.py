@@ -716,15 +716,13 @@ def one_error(done):
 
 
 def test_more_mistakes(corpus, tmp_path, refused, monkeypatch):
-    """An out_dir that is a file, a missing compiler, several processes."""
+    """An out_dir that is a file, a missing compiler."""
     file, argv = tmp_path / "file", [*corpus, *TINY, "--out_dir"]
     file.touch()
     assert "file" in one_error(shell(f"python train.py {shlex.join(argv)} {file}"))
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(shutil, "which", lambda name: None)
     refused("C++ compiler", run, train, *argv, tmp_path, "--compile")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused("torchrun", run, train, *argv, tmp_path)
 
 
 @contextmanager
