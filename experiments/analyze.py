@@ -74,6 +74,9 @@ def load_pairs(folders, twin):
         if differ:
             fail(f"{', '.join(folders)} differ not in their seeds alone, but in "
                  f"{', '.join(differ)}")
+    # the twin of the next seed, for a control
+    for pair, following in zip(pairs, pairs[1:] + pairs[:1]):
+        pair.other = following.moe if following is not pair else None
     return pairs
 
 
@@ -256,6 +259,112 @@ def draw_gates(axes, found):
              title="How far the gate opens, by how often training read the n-gram")
 
 
+# ---- depth: is the prediction there earlier? -----------------------------------------
+
+def states(model, x):
+    """Return the stream [1 + n_layer, T, D] of tokens x [T]: before the first block, and
+    after each one."""
+    kept = []
+    hooks = [model.blocks[0].register_forward_pre_hook(lambda _, args: kept.append(args[0]))]
+    for block in model.blocks:
+        hooks.append(block.register_forward_hook(lambda _, args, out: kept.append(out)))
+    with torch.no_grad():
+        model.eval()(torch.as_tensor(x, device=model.embed.weight.device)[None])
+    for hook in hooks:
+        hook.remove()
+    return torch.cat(kept)
+
+
+def hsic(a, b):
+    """Return the unbiased estimate [La, Lb] of HSIC (Song et al., 2012) between states a
+    [La, n, D] and b [Lb, n, D] of the same n tokens, with linear kernels."""
+    n = a.size(1)
+    a, b = (x.double() @ x.double().mT * (1 - torch.eye(n).to(x)) for x in (a, b))
+    rows_a, rows_b = a.sum(2), b.sum(2)
+    same = torch.einsum("ijk,ljk->il", a, b)
+    means = torch.outer(rows_a.sum(1), rows_b.sum(1)) / ((n - 1) * (n - 2))
+    return (same + means - 2 / (n - 2) * rows_a @ rows_b.T) / (n * (n - 3))
+
+
+def cka(batches):
+    """Return the linear CKA [La, Lb] of [(a, b)], batches of states: 1 where two layers
+    differ by a rotation alone. Sums over batches as in Nguyen et al. (2021)."""
+    ab = sum(hsic(a, b) for a, b in batches)
+    aa = sum(hsic(a, a).diag() for a, _ in batches)
+    bb = sum(hsic(b, b).diag() for _, b in batches)
+    return ab / torch.outer(aa, bb).sqrt()
+
+
+def alignment(similar):
+    """Return, for each layer of a, where it lies among the layers of b (section 5.1 of the
+    paper: of the five most similar ones the mean index, weighted by similarity)."""
+    weights, index = similar.topk(min(5, similar.size(1)), dim=1)
+    return (weights * index).sum(1) / weights.sum(1)
+
+
+def by_layer(values):
+    return {str(i): float(value) for i, value in enumerate(values)}
+
+
+def depth(pair):
+    """Compare the layers of Engram with its twin's: how far each is from the final
+    prediction (LogitLens), and where it lies among the twin's (CKA). The control is the
+    twin of another seed in Engram's place."""
+    if pair.other is None:
+        fail("depth needs the runs of two seeds or more: name their folders by --out_dir")
+    times, _ = pair.data.count(pair.sequences, 3)
+    kl, batches = {"engram": 0, "moe": 0}, {}
+    for x, seen in zip(pair.data.val_x, times):
+        own, twin, other = (states(m, x) for m in (pair.engram, pair.moe, pair.other))
+        for name, model, layers in (("engram", pair.engram, own), ("moe", pair.moe, twin)):
+            logp = torch.nn.functional.linear(model.norm(layers), model.embed.weight).detach()
+            logp = logp.log_softmax(-1)
+            kl[name] += (logp[-1].exp() * (logp[-1] - logp)).sum(-1).mean(1) / len(times)
+        # tokens that end a 3-gram which training has seen ten times (the count is a target's)
+        recur = np.flatnonzero(seen[:-1] >= 10) + 1
+        for where, some in (("all tokens", np.arange(len(x))), ("recurrent 3-grams", recur)):
+            if len(some) > 3:
+                batches.setdefault(where, []).append((own[:, some], twin[:, some],
+                                                      other[:, some]))
+    found = {"KL": by_layer(kl["engram"] - kl["moe"])}
+    for where, parts in batches.items():
+        engram = cka([(own, twin) for own, twin, _ in parts])
+        control = cka([(other, twin) for _, twin, other in parts])
+        found[where] = {
+            "alignment": by_layer(alignment(engram) - alignment(control)),
+            "engram": {str(i): by_layer(row) for i, row in enumerate(engram)},
+            "control": {str(i): by_layer(row) for i, row in enumerate(control)}}
+    return found
+
+
+def say_depth(found):
+    def layers(numbers, last):
+        numbers = list(numbers.values())[1:last]
+        return ", ".join(f"block {i} {says(number)}" for i, number in enumerate(numbers))
+
+    lines = ["Distance of a block's output from the final prediction (KL, nats per token), "
+             f"Engram minus its twin: {layers(found['KL'], -1)}"]
+    for where in ("all tokens", "recurrent 3-grams"):
+        lines.append("Where a block of Engram lies among its twin's (CKA, in blocks), minus "
+                     f"where another twin's lies, at {where}: "
+                     f"{layers(found[where]['alignment'], None)}")
+    return lines
+
+
+def draw_depth(axes, found):
+    rows = found["all tokens"]["engram"].values()
+    means = np.array([[number["mean"] for number in row.values()] for row in rows])
+    axes.imshow(means, origin="lower", cmap="Blues", vmin=0, vmax=1)
+    for (i, j), value in np.ndenumerate(means):
+        axes.text(j, i, f"{value:.2f}", ha="center", va="center",
+                  color="white" if value > 0.6 else "black")
+    names = ["embedding", *(f"block {i}" for i in range(len(means) - 1))]
+    axes.set_xticks(range(len(means)), names)
+    axes.set_yticks(range(len(means)), names)
+    axes.set(xlabel="the MoE-only twin", ylabel="Engram",
+             title="How similar the layers are (linear CKA, all tokens)")
+
+
 # ---- zipf: would a cache of hot rows help? -------------------------------------------
 
 def zipf(pair):
@@ -301,6 +410,7 @@ def draw_zipf(axes, found):
 ANALYSES = {
     "knockout": (knockout, say_knockout, draw_knockout),
     "gates": (gates, say_gates, draw_gates),
+    "depth": (depth, say_depth, draw_depth),
     "zipf": (zipf, say_zipf, draw_zipf)}
 
 
@@ -340,7 +450,7 @@ def main(argv=None):
     folder = COMMITTED if args.plot else args.out_dir[0]
     path = Path(args.results or folder) / f"{args.name}.json"
     if not args.plot:
-        pairs = load_pairs(args.out_dir, twin=args.name == "knockout")
+        pairs = load_pairs(args.out_dir, twin=args.name in ("knockout", "depth"))
         found = [find(pair) for pair in pairs]
         # zipf looks at the text alone, and pairs of different seeds have the same one
         found = found[0] if args.name == "zipf" else over_pairs(found)

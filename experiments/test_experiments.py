@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -230,7 +231,33 @@ def test_hit_rate_of_a_cache(pair_dirs):
             assert surely - 1 <= rate * second.total() <= at_most + 1
 
 
-@pytest.mark.parametrize("name", ["knockout", "gates", "zipf"])
+def test_how_similar_layers_are(pair_dirs):
+    """A biased estimate, layers called different because they are rotated, the stream of
+    another place, a control that is no control."""
+    a, b = (torch.randn(L, 7, 5, dtype=torch.float64) for L in (2, 3))
+    K, L, total = a[1] @ a[1].T, b[2] @ b[2].T, 0
+    # the definition: the mean over all choices of four different tokens
+    for t, u, v, w in permutations(range(7), 4):
+        total += K[t, u] * (L[t, u] + L[v, w] - 2 * L[t, v])
+    assert analyze.hsic(a, b)[1, 2] == pytest.approx(total / 840)
+    rotation, _ = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))
+    halves = [(x, x @ rotation * 3) for x in (a, torch.randn_like(a))]
+    assert analyze.cka(halves).diag().tolist() == pytest.approx([1, 1])
+    similar = torch.tensor([[0.2, 0.6, 0.0, 0.0, 0.0, 0.2, 0.1]])
+    assert analyze.alignment(similar).tolist() == pytest.approx([2.2 / 1.1])
+    pair = analyze.load_pairs(pair_dirs, twin=True)[0]
+    x = pair.data.val_x[0]
+    stream, logits = analyze.states(pair.moe, x), pair.moe(torch.from_numpy(x)[None])[0]
+    assert len(stream) == 3 and torch.equal(stream[0], pair.moe.embed.weight[x])
+    last = pair.moe.norm(stream[-1]) @ pair.moe.embed.weight.T
+    torch.testing.assert_close(last, logits[0])
+    pair.other = pair.engram
+    found = analyze.depth(pair)
+    assert abs(found["KL"]["2"]) < 1e-6 < abs(found["KL"]["0"])
+    assert set(found["all tokens"]["alignment"].values()) == {0.0}
+
+
+@pytest.mark.parametrize("name", ["knockout", "gates", "depth", "zipf"])
 def test_every_analysis_runs(pair_dirs, tmp_path, capsys, name):
     """Another text from JSON than from the checkpoints; one seed taken for two."""
     argv = [name, "--results", str(tmp_path)]
