@@ -329,6 +329,13 @@ class RowAdam:
             state["visits"].index_copy_(0, row_ids, visits)
 
 
+def with_gradient(table, row_ids, grad):
+    """Return a Read with which RowAdam updates rows [U] of table by their gradient [U, d]."""
+    leaf = table[row_ids.to(table.device)].to(grad.device).requires_grad_()
+    leaf.grad = grad
+    return Read(row_ids, leaf, None, None)
+
+
 # ---- canonical ids, multipliers, primes: fixed numbers, made once ----------------------
 
 def normalise(text):

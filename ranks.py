@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from engram import Read
+from engram import with_gradient
 
 RANK = int(os.environ.get("RANK", 0))
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
@@ -83,12 +83,6 @@ def gather(tensor):
     parts = [torch.empty_like(tensor) for _ in range(RANKS)]
     dist.all_gather(parts, tensor)
     return torch.cat(parts)
-
-
-def with_gradient(table, row_ids, grad):
-    leaf = table[row_ids.to(table.device)].to(grad.device).requires_grad_()
-    leaf.grad = grad
-    return Read(row_ids, leaf, None, None)
 
 
 def update(row_adam, reads, lr):

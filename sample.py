@@ -4,9 +4,11 @@ Write text with a checkpoint of train.py, and shade it by what the memory did.
     python sample.py                                     # the Engram model of out/
     python sample.py --prompt "def __init__(" --memory   # shaded by the nats the memory saved
     python sample.py --prompt FILE:a.txt --max_new_tokens 0 --gates --png gates.png
+    python sample.py --write "import numpy as" " potatoes"   # a fact into the memory alone
 
 The idea: what the memory does can be seen token by token. Switch it off, and some tokens
-become harder to predict; or look how far its gate opened.
+become harder to predict; or look how far its gate opened. Or change a few rows of its
+table, and see what the model says then.
 """
 import codecs
 import os
@@ -19,12 +21,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from common import fail, make_parser, new_figure, run_script, write_whole
+from engram import RowAdam, with_gradient
 from flags import check_device
 from model import generate, load_checkpoint, token_losses
 from offload import check_rows, place
-from prepare_data import encode_text, encoding
+from prepare_data import encode_text, encoding, load
 from train import watch
 
 
@@ -126,6 +130,60 @@ def show(args, model, enc, ids):
         print(f"picture: {args.png}")
 
 
+# ---- writing into the memory -------------------------------------------------------------
+
+def row_numbers(model, idx):
+    return [engram.hash(model.canonical[idx]) for engram in model.engrams()]
+
+
+def write_fact(model, trigger, answer, steps=15, lr=0.3):
+    """Have the memory say that the tokens answer follow the tokens trigger: steps of RowAdam
+    on the rows that the tokens before each token of the answer read, all else frozen. Return
+    these rows, a tensor per memory layer."""
+    idx, at = torch.tensor([trigger + answer[:-1]]), len(trigger) - 1
+    tables = [engram.table for engram in model.engrams()]
+    rows, row_adam = [ids[0, at:].unique() for ids in row_numbers(model, idx)], RowAdam(tables)
+    for _ in range(steps):
+        reads = model.read(idx)
+        logits = model(idx, reads=reads)[0][0, at:]
+        loss = F.cross_entropy(logits, torch.tensor(answer))
+        grads = torch.autograd.grad(loss, [read.leaf for read in reads])
+        mine = []
+        for table, ids, read, grad in zip(tables, rows, reads, grads, strict=True):
+            mine.append(with_gradient(table, ids, grad[torch.isin(read.row_ids, ids)]))
+        row_adam.step(mine, lr)
+    return rows
+
+
+def teach(model, trigger, answer, x):
+    """Write a fact. Return the probability of the answer before and after, and what became
+    of tokens x [n, T] of a text that was held out: four arrays of bools. Does a token read
+    one of the rows? Does it, or one before it in its context? Have its logits changed? Has
+    the token that is likeliest to follow?"""
+    @torch.no_grad()
+    def look():
+        logp = model(torch.tensor([trigger + answer[:-1]]))[0][0].log_softmax(-1)
+        logp = logp[-len(answer):].gather(1, torch.tensor(answer)[:, None])
+        return logp.sum().exp().item(), torch.cat([model(part)[0] for part in x.split(8)])
+
+    p_before, before = look()
+    rows = write_fact(model, trigger, answer)
+    p_after, after = look()
+    reads = [torch.isin(ids, mine).any(-1) for ids, mine in zip(row_numbers(model, x), rows)]
+    reads = torch.stack(reads).any(0)
+    # attention and the convolution carry a change to what follows in the context
+    return (p_before, p_after, reads, reads.cummax(1).values, (before != after).any(-1),
+            before.argmax(-1) != after.argmax(-1))
+
+
+def held_out(saved, T, n=32):
+    """Return n sequences of T validation tokens of a run."""
+    header = saved["header"]
+    val = load(header["data"]["name"], header["config"]["data_dir"])[2]
+    n = min(n, len(val) // T)
+    return torch.from_numpy(val[:n * T].astype(np.int64)).view(n, T)
+
+
 # ---- shades ----------------------------------------------------------------------------
 
 def tint(level):
@@ -200,6 +258,9 @@ def read_flags(argv):
         "(in host memory) or disk (in the checkpoint file)",
         choices=("resident", "host", "disk"))
     parser.add_argument("--png", metavar="FILE", help="draw what --memory or --gates show")
+    parser.add_argument("--write", nargs=2, metavar=("TRIGGER", "ANSWER"), help="before "
+                        "sampling, write into the memory's rows, and nowhere else, that ANSWER "
+                        "follows TRIGGER, the prompt. The checkpoint stays as it is")
     shade = parser.add_mutually_exclusive_group()
     shade.add_argument("--memory", action="store_true", help="shade each token by the nats "
                        "that the memory saved: the loss without it minus the loss with it")
@@ -232,12 +293,22 @@ def main(argv=None):
     if args.shade and not model.engrams():
         fail(f"--memory and --gates show a memory, and the {args.model} model has none")
     enc = encoding(saved["tokenizer"])
+    if args.write:
+        args.prompt = args.write[0]
     start = prompt_tokens(args.prompt, enc, model.cfg.block_size)
     if args.max_new_tokens == 0 and not (args.shade and len(start) > 1):
         fail("--max_new_tokens 0: nothing to do without a --prompt and --memory or --gates")
     place(model, device, args.table)
     if device.type not in ("cpu", "cuda"):
         check_rows(model, torch.tensor([start]))
+    if args.write:
+        x, answer = held_out(saved, model.cfg.block_size), enc.encode_ordinary(args.write[1])
+        before, after, reads, reached, changed, other = teach(model.eval(), start, answer, x)
+        assert not (changed & ~reached).any(), "a token changed that none of the rows reaches"
+        print(f"[the answer had a probability of {before:.4f}, now {after:.4f}. Of {x.numel():,} "
+              f"tokens held out {int(reads.sum()):,} read one of the rows; the logits of "
+              f"{int(changed.sum()):,}, these and what follows them in their contexts, changed "
+              f"at all, and of {int(other.sum()):,} the likeliest next token]", file=sys.stderr)
     for i in range(args.num_samples):
         if i > 0:
             print("-" * 20)

@@ -1050,6 +1050,29 @@ def test_values_stand_beside_their_tokens(trained, look):
     assert said == pytest.approx(want, abs=0.006)
 
 
+def test_writing_a_fact(trained, look):
+    """A weight or another row that moves, a token out of reach that changes, a checkpoint
+    that is written over."""
+    model, x = tiny_gpt(torch.float32), torch.randint(VOCAB, (5, 30))
+    x[0] = 7                                   # reads nothing of the fact
+    model.requires_grad_(False)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    old, new, reads, reached, changed, other = sample.teach(model, [1, 2, 3], [4, 50], x)
+    assert new > 2 * old and not (changed & ~reached).any() and not (other & ~changed).any()
+    assert reads.any() and not reached[0].any() and (changed >= reads).all()
+    for i, engram in enumerate(model.engrams()):
+        rows = engram.hash(model.canonical[torch.tensor([[1, 2, 3, 4]])])[0, 2:]
+        mine = torch.isin(torch.arange(len(engram.table)), rows)
+        key = f"blocks.{(0, 2)[i]}.engram.table"
+        assert torch.equal((engram.table != before.pop(key)).any(1), mine)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    path = trained / "engram" / "ckpt.pt"
+    whole = path.read_bytes()
+    said = look("--write", "w1 w2", " w3", "--max_new_tokens", 3)
+    assert said.out.startswith("w1 w2") and "the answer had" in said.err
+    assert path.read_bytes() == whole
+
+
 @pytest.mark.filterwarnings("error")
 def test_shades_and_their_picture(look, tmp_path):
     """Text lost between the colours, a number that reads as text, a long line cut."""
