@@ -372,9 +372,10 @@ def facts(pair, n=50):
     """Write n facts, each into the table as it was: after eight tokens of the validation
     text comes a random token. Count how often that token becomes the likeliest, and what
     changes in 32 other contexts."""
-    x = torch.from_numpy(pair.data.val_x[:32])
+    half = len(pair.data.val_x) // 2
+    triggers, x = pair.data.val_x[:min(n, half), :8], torch.from_numpy(pair.data.val_x[half:][:32])
     answers, found = np.random.default_rng(0).integers(len(pair.data.bytes), size=n), []
-    for trigger, answer in zip(pair.data.val_x[32:32 + n, :8].tolist(), answers.tolist()):
+    for trigger, answer in zip(triggers.tolist(), answers.tolist()):
         model = deepcopy(pair.engram)
         before, after, reads, _, changed, other = teach(model, trigger, [answer], x)
         best = model(torch.tensor([trigger]))[0][0, -1].argmax() == answer
