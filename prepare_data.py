@@ -444,7 +444,8 @@ def prepare(name=None, files=(), data_dir="data", max_mb=None, vocab_size=1024,
     paths = [os.path.abspath(file) for file in files]
     for path in paths:
         if not os.path.isfile(path):
-            fail(f"{path} is neither a file nor one of {', '.join(DEFAULT_MB)}")
+            kind = "a folder" if os.path.isdir(path) else "no file"
+            fail(f"{path} is {kind}: name text files, or one of {', '.join(DEFAULT_MB)}")
         for magic, kind in MAGIC.items():
             if open(path, "rb").read(8).startswith(magic):
                 fail(f"{path} is {kind}: unpack or convert it to UTF-8 text")

@@ -1385,11 +1385,11 @@ def test_mistakes_in_preparing(tmp_path, refused, monkeypatch):
     ok, to = tmp_path / "ok.txt", ["--data_dir", tmp_path / "d"]
     ok.write_text(CODE_TEXT)
     for word, *argv in [
-            ("python, tinystories", "pyhton"), ("neither", "."), ("neither", os.devnull),
+            ("python, tinystories", "pyhton"), ("a folder", "."), ("no file", os.devnull),
             ("257", "--vocab_size", 256), ("65535", "--vocab_size", 65536),
             ("--max_mb -1", "--max_mb", -1), ("--max_mb 1", ok, "--max_mb", 1),
             ("--name python", ok, "--name", "python"), ("--name x", "python", "--name", "x"),
-            ("neither", "python", ok), ("pyarrow", "openwebtext")]:
+            ("no file", "python", ok), ("pyarrow", "openwebtext")]:
         refused(word, run, prepare_data, *argv, *to)
     for word, name, content in [
             ("too little", "empty", b""), ("0xff", "bad", b"abc\n" * 5 + b"\xff"),
