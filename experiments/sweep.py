@@ -80,7 +80,8 @@ ALLOCATION = {
     "0.5": Arm(ENGRAM.flags, "rho 0.5, Engram"),
     "0.33": engram_arm("--rho 0.33", "rho 0.33"),
     "0": engram_arm("--rho 0", "rho 0")}
-LONGER = {name: TWINS[name] for name in ("moe", "fewer", "token", "engram")}
+LONGER = {name: TWINS[name] for name in ("moe", "fewer", "engram")}
+LONGER["rho 0"] = engram_arm("--rho 0", "Engram without experts to choose from (rho 0)")
 # Plain English: some 3.5 MB of TinyStories, prepared as a data set of this name.
 STORIES = {name: TWINS[name] for name in ("moe", "conv", "token", "engram", "large")}
 # Each changes one thing of Engram; the convolution stays as it is.
@@ -96,10 +97,10 @@ CONTROLS = {
     "block 0": engram_arm("--engram_blocks 0", "in block 0 instead of 1"),
     "block 2": engram_arm("--engram_blocks 2", "in block 2"),
     "blocks 1 3": engram_arm("--engram_blocks 1 3", "half of it in block 1, half in block 3")}
-MEMORY = {"4582": Arm(ENGRAM.flags, "4,582 rows per head (Engram)")}
-for exponent in (14, 17, 20):
-    MEMORY[str(2 ** exponent)] = engram_arm(f"--engram_rows {2 ** exponent}",
-                                            f"{2 ** exponent:,} rows per head")
+MEMORY = {
+    "4582": Arm(ENGRAM.flags, "4,582 rows per head (Engram)"),
+    "73312": Arm("--model large", "73,312 rows per head (16 times)"),
+    "1048576": engram_arm("--engram_rows 1048576", "1,048,576 rows per head")}
 
 
 class Sweep(NamedTuple):
