@@ -43,7 +43,6 @@ import prepare_data
 import runs
 import sample
 import train
-from arms import side_by_side
 from engram import Engram, EngramConfig, Read, RowAdam, canonical_ids, head_primes, lookup
 from model import (GPT, Block, Cache, GPTConfig, accounting, attend, generate,
                    load_checkpoint)
@@ -174,13 +173,13 @@ def test_deepseek_v41_addresses():
 
 def slow_rows(module, ids, stop):
     """Row numbers of one sequence of canonical ids, by Python's unbounded integers."""
-    rows, multipliers = [], module.multipliers.tolist()
+    N, rows, multipliers = module.cfg.orders[-1], [], module.multipliers.tolist()
+    padded = [module.pad] * (N - 1) + ids
     for t in range(len(ids)):
-        past, stopped = [ids[t]], False
-        for k in range(1, module.cfg.orders[-1]):
-            before = ids[t - k] if k <= t else module.pad
-            stopped = stopped or (stop and before == module.pad)
-            past.append(module.pad if stopped else before)
+        past = padded[t:t + N][::-1]                     # this id, the one before it, ...
+        if stop and module.pad in past[1:]:
+            k = past.index(module.pad, 1)
+            past[k:] = [module.pad] * (N - k)
         row, base = [], 0
         for n, primes in zip(module.cfg.orders, module.primes.tolist()):
             mix = 0
@@ -953,10 +952,7 @@ def test_values_stand_beside_their_tokens(trained, look):
         shown = [f"{enc.decode([i])}[{v:+.2f}]" for i, v in zip(ids[1:], values.tolist())]
         # a line break is shown too, and a number stands before it
         assert "".join(shown).replace("\n", "") in re.sub("[\u21b5\n]", "", printed)
-    line = re.search("^.*nats saved in all", printed, re.M)[0]
-    said = [float(number) for number in re.findall(r"[-+]?\d+\.\d+", line)]
-    want = [on.mean().item(), off.mean().item(), (off - on).sum().item()]
-    assert said == pytest.approx(want, abs=0.006)
+    assert f"{(off - on).sum():+.2f} nats saved in all" in printed
 
 
 @pytest.mark.filterwarnings("error")
@@ -992,14 +988,9 @@ def test_the_checkpoint_is_the_file_of_the_table(trained, look, tmp_path, refuse
     for line in open("/proc/self/maps"):
         low, high = (int(end, 16) for end in line.split()[0].split("-"))
         assert not low <= start < high or str(path) in line
-    saved = torch.load(path, weights_only=True)
-    saved["model"].pop("embed.weight")
     copy.parent.mkdir()
-    torch.save(saved, copy)
-    for content in (copy.read_bytes(), before[:-100], before[:len(before) // 2]):
-        copy.write_bytes(content)
-        refused("not a readable checkpoint", run, sample, "--out_dir", tmp_path,
-                "--table", "disk")
+    copy.write_bytes(before[:-100])
+    refused("not a readable", run, sample, "--out_dir", tmp_path, "--table", "disk")
 
 
 def test_an_output_that_takes_no_more(trained):
@@ -1071,7 +1062,8 @@ def test_bpe_is_the_naive_one_and_tiktoken_runs_it(monkeypatch):
 
 
 def test_prepared_text_round_trip(prepared):
-    """Text lost, doubled or reordered, an end of text missing, the marker as characters."""
+    """Text lost, doubled or reordered, an end of text missing, the marker as characters; two
+    runs that write into each other's files."""
     docs, folder, argv = prepared
     meta, *bins = prepare_data.load("mine", folder.parent)
     enc, found = prepare_data.encoding(meta["tokenizer"]), []
@@ -1084,10 +1076,17 @@ def test_prepared_text_round_trip(prepared):
     assert "".join(found) == "".join(docs) and 2 <= meta["val"]["documents"] <= 12
     in_prompt = prepare_data.encode_text(enc, argv[0].read_text())
     assert in_prompt[:3000] == bins[0][:3000].tolist()
+    # two at once
+    command = f"python prepare_data.py {shlex.join(map(str, argv))} --name x"
+    assert shell(f"{command} & {command} && wait $!").returncode == 0
+    again = prepare_data.load("x", folder.parent)[0]
+    assert again["train"] == meta["train"] and again["val"] == meta["val"]
+    assert len(list((folder.parent / "x").iterdir())) == 3
 
 
-@pytest.mark.parametrize("size, block_size", [(1_000_000, 256), (3_000, 64), (500, 8)])
-@pytest.mark.parametrize("letters", ["ACGT", "\u7684\u4e00\u662f\u4e0d\u4e86", "!?.,;", " "])
+@pytest.mark.parametrize("letters, size, block_size", [
+    ("ACGT", 1_000_000, 256), ("\u7684\u4e00\u662f\u4e0d\u4e86", 1_000_000, 256),
+    ("!?.,;", 3_000, 64), (" ", 1_000_000, 256), (" ", 500, 8)])
 def test_odd_and_small_texts(tmp_path, letters, size, block_size, monkeypatch):
     """Half an hour of merging in one word of a million letters; text that is lost; too
     little of it for validation."""
@@ -1106,12 +1105,13 @@ def test_odd_and_small_texts(tmp_path, letters, size, block_size, monkeypatch):
 
 
 def test_documents(tmp_path, monkeypatch):
-    """A character or marker cut, a byte order mark kept, a long document lost."""
-    docs = ["\u20ac" * 50 + "\n" + CODE_TEXT[:700], "\nsecond\n", "x" * 900, "last"]
+    """A character or marker cut, a byte order mark kept, a long document or half a character
+    of JSON that ends it all."""
+    docs = ["\u20ac" * 50 + "\n" + CODE_TEXT[:700], "\nsecond?\n", "x" * 900, "last"]
     plain, dos, lines = (tmp_path / name for name in ("plain", "dos", "t.jsonl"))
     plain.write_text(f"{EOT}\n".join(docs))
     dos.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes().replace(b"\n", b"\r\n"))
-    objects = [json.dumps({"id": 1, "text": doc}) for doc in docs]
+    objects = [json.dumps({"id": 1, "text": doc}).replace("?", "\\ud800") for doc in docs]
     lines.write_text("\r\n".join(objects) + "\n\n")
     for path in (plain, dos, lines):
         assert [text for text in prepare_data.documents([path]) if text] == docs
@@ -1121,53 +1121,34 @@ def test_documents(tmp_path, monkeypatch):
         assert "".join(parts) == "".join(docs) and len(parts) > len(docs)
 
 
-def test_python_corpus(tmp_path):
+def test_python_corpus():
     """A cap passed or filled by one package, a directory in both splits."""
-    run(prepare_data, "--max_mb", 2, "--vocab_size", 512, "--data_dir", tmp_path)
-    meta, ids, _ = prepare_data.load("python", tmp_path)
-    size = meta["train"]["bytes"] + meta["val"]["bytes"]
-    assert 1e6 < size <= 2e6 and 0.01 < meta["val"]["bytes"] / size < 0.12
-    assert ids.max() < 512
-    files, folders, of_package = prepare_data.python_files(), [set(), set()], Counter()
+    files = prepare_data.python_files()
     known = {path: (package, n) for _, package, _, path, n in files}
+    folders, of_split, of_package = [set(), set()], Counter(), Counter()
     for split, path in prepare_data.choose(files, 2):
-        folders[split].add(path.parent)
         package, n = known[path]
+        folders[split].add(path.parent)
+        of_split[split] += n
         of_package[package] += n
     assert not folders[0] & folders[1]
+    assert 1e6 < of_split.total() <= 2e6 and 0.01 < of_split[1] / of_split.total() < 0.12
     assert len(of_package) > 20 and max(of_package.values()) < 2e5
 
 
-@pytest.mark.parametrize("kilobytes", [0, 6])
-def test_a_full_disk_leaves_what_was_there(prepared, kilobytes):
-    """A traceback, half a file, or the old data gone. The limit stands for the disk."""
-    _, folder, argv = prepared
-    before = {f: f.read_bytes() for f in folder.iterdir()}
-    command = shlex.join(map(str, [*argv[:-1], 290]))
-    one_error(shell(f"ulimit -f {kilobytes}; python prepare_data.py {command}"))
-    assert before == {f: f.read_bytes() for f in folder.iterdir()}
-
-
-def test_two_runs_at_once(prepared):
-    """Two runs that write into each other's files."""
-    _, folder, argv = prepared
-    command = f"python prepare_data.py {shlex.join(map(str, argv))} --name x"
-    assert shell(f"{command} & {command} && wait $!").returncode == 0
-    one, two = (prepare_data.load(name, folder.parent)[0] for name in ("x", "mine"))
-    assert one["train"] == two["train"] and one["val"] == two["val"]
-    assert len(list((folder.parent / "x").iterdir())) == 3
-
-
 def test_what_is_not_whole_does_not_load(prepared, monkeypatch, refused):
-    """A truncated file (SIGBUS), half a file that looks whole, the old data gone early."""
+    """A truncated file (SIGBUS), half a file that looks whole; a full disk or Ctrl-C after
+    which the old data is gone."""
     _, folder, argv = prepared
-    before, right = prepare_data.check(folder), prepare_data.write_bins
+    before, right = {f: f.read_bytes() for f in folder.iterdir()}, prepare_data.write_bins
     for file, content in (("train.bin", b"\0\0"), ("val.bin", bytes(9 ** 6)),
-                          ("meta.json", b"[]"), ("meta.json", b'{"name": ')):
+                          ("meta.json", b'{"name": ')):
         (folder / file).write_bytes(content)
         refused("damaged", prepare_data.load, "mine", folder.parent)
         run(prepare_data, *argv)             # the remedy that it names works
-        assert prepare_data.load("mine", folder.parent)[0] == before
+    # a limit stands for the full disk
+    command = shlex.join(map(str, [*argv[:-1], 290]))
+    one_error(shell(f"ulimit -f 6; python prepare_data.py {command}"))
 
     def killed(*args):
         right(*args)
@@ -1177,7 +1158,7 @@ def test_what_is_not_whole_does_not_load(prepared, monkeypatch, refused):
     for name in ("mine", "new"):
         with pytest.raises(KeyboardInterrupt):
             run(prepare_data, *argv[:-1], 290, "--name", name)
-    assert prepare_data.load("mine", folder.parent)[0] == before
+    assert before == {f: f.read_bytes() for f in folder.iterdir()}
     refused("not prepared", prepare_data.load, "new", folder.parent)
 
 
@@ -1253,16 +1234,14 @@ def test_tinystories(hub, tmp_path, monkeypatch):
     assert "404" in one_error(shell(f"python prepare_data.py tinystories --data_dir {new}"))
 
 
-def test_gpt2(tmp_path):
-    """Ids or a map to canonical ids that are not GPT-2's, which the demo presupposes."""
-    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
-        pytest.skip("needs GPT-2's tokenizer in the folder that TIKTOKEN_CACHE_DIR names")
-    (tmp_path / "t.txt").write_text("Hello world\n" * 50)
-    run(prepare_data, tmp_path / "t.txt", "--data_dir", tmp_path, "--tokenizer", "gpt2")
-    meta, train_ids, _ = prepare_data.load("t", tmp_path)
-    assert meta["eot"] == 50256 and train_ids[:2].tolist() == [15496, 995]
-    ids = canonical_ids(prepare_data.token_bytes(meta["tokenizer"]))
-    assert hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest() == \
+@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ,
+                    reason="needs TIKTOKEN_CACHE_DIR, a folder with GPT-2's tokenizer")
+def test_gpt2():
+    """Canonical ids that are not the demo's, though of the same number."""
+    tokens = prepare_data.token_bytes(prepare_data.make_tokenizer("gpt2", [], 50257))
+    assert tokens[15496] == b"Hello" and tokens[50256] == EOT.encode()
+    ids = canonical_ids(tokens).astype("<i8").tobytes()
+    assert hashlib.sha256(ids).hexdigest() == \
         "648b280b8082b3868d20fef4dfd3c60f72673bafc4e5e13002744f4967b2ddae"
 
 
@@ -1271,23 +1250,18 @@ def test_mistakes_in_preparing(tmp_path, refused, monkeypatch):
     ok, to = tmp_path / "ok.txt", ["--data_dir", tmp_path / "d"]
     ok.write_text(CODE_TEXT)
     for word, *argv in [
-            ("python, tinystories", "pyhton"), ("neither", "."), ("neither", os.devnull),
-            ("257", "--vocab_size", 256), ("65535", "--vocab_size", 65536),
-            ("--max_mb -1", "--max_mb", -1), ("--max_mb 1", ok, "--max_mb", 1),
-            ("--name python", ok, "--name", "python"), ("--name x", "python", "--name", "x"),
-            ("neither", "python", ok), ("pyarrow", "openwebtext")]:
+            ("python, tinystories", "pyhton"), ("neither", os.devnull), ("neither", "python", ok),
+            ("257", "--vocab_size", 256), ("--max_mb 1", ok, "--max_mb", 1),
+            ("--name python", ok, "--name", "python"), ("pyarrow", "openwebtext")]:
         refused(word, run, prepare_data, *argv, *to)
     for word, name, content in [
             ("too little", "empty", b""), ("0xff", "bad", b"abc\n" * 5 + b"\xff"),
             ("NUL", "nul", b"a\0b"), ("gzip", "zip.txt", b"\x1f\x8b"),
-            ("object", "a.jsonl", b'{"text": "a"}\n7'), ("'text'", "b.jsonl", b"{}"),
-            ("UTF-8", "late", b"a\n" * 9000 + b"\xe2\x82"), ("PDF", "a.pdf", b"%PDF-1")]:
+            ("object", "a.jsonl", b'{"text": "a"}\n7'), ("'text'", "b.jsonl", b"{}")]:
         (tmp_path / name).write_bytes(content)
         refused(word, run, prepare_data, tmp_path / name, *to)
-    (tmp_path / "half.jsonl").write_text('{"text": "\\ud800 half a character"}\n' * 99)
-    for path, name in ((tmp_path / "half.jsonl", "half"), (ok, "ok")):
-        run(prepare_data, path, *to)
-        prepare_data.load(name, tmp_path / "d")
+    for _ in range(2):
+        run(prepare_data, ok, *to)
     (tmp_path / "ok.md").write_text(CODE_TEXT)
     refused("--name", run, prepare_data, tmp_path / "ok.md", *to)
     monkeypatch.setenv("HF_ENDPOINT", "somewhere")
@@ -1373,9 +1347,8 @@ def test_bench(tiny_setup, tmp_path, capsys):
     for table in tables:
         assert list(table["arms"]) == ["no Engram", "resident", "synchronous", "prefetched"]
         assert all(len(figures["ms"]) == 6 for figures in table["arms"].values())
-        assert set(table["lines"]) <= set(lines)
+        assert set(table["lines"]) <= set(lines) and "SIMULATED" in table["lines"][1]
     assert [p["block"] for p in result["crossover"]["points"]] == [0, 1]
-    assert sum("SIMULATED" in line for line in lines) == 8
     gc.collect()
     assert set(threading.enumerate()) <= before
     # the figures in the repository can still be drawn
@@ -1383,18 +1356,6 @@ def test_bench(tiny_setup, tmp_path, capsys):
     shutil.copy(HERE / "experiments" / "results" / "offload" / "offload.json", path)
     run(bench_offload, "--plot", "--out", tmp_path)
     assert (tmp_path / "crossover.png").exists()
-
-
-def test_ctrl_c_in_the_bench(tmp_path):
-    """A hang on the worker, a traceback, a file left behind."""
-    out = tmp_path / "out"
-    with started("bench_offload.py", "--rounds", "5000", "--out", out) as bench:
-        wait_until(out.exists, 60)
-        time.sleep(2)
-        bench.send_signal(signal.SIGINT)
-        said = bench.communicate(timeout=30)[1]
-    assert said.strip().endswith("stopped") and "Traceback" not in said
-    assert bench.returncode == 130 and not list(out.iterdir())
 
 
 def test_the_readme():
