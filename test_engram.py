@@ -43,9 +43,8 @@ import prepare_data
 import runs
 import sample
 import train
-from engram import Engram, EngramConfig, Read, RowAdam, canonical_ids, head_primes, lookup
-from model import (GPT, Block, Cache, GPTConfig, accounting, attend, generate,
-                   load_checkpoint)
+from engram import Engram, EngramConfig, Read, RowAdam, canonical_ids, lookup
+from model import GPT, Block, Cache, GPTConfig, accounting, generate, load_checkpoint
 from moe import MoE
 from muon import Muon
 from offload import Fetch, check_rows, place
@@ -159,13 +158,9 @@ def test_demo_addresses_and_outputs(name):
 def test_deepseek_v41_addresses():
     """Golden values of DeepSeek-V4.1: large tables, 4-grams, look-back that stops."""
     cfg = EngramConfig(blocks=(1, 14), orders=(2, 3, 4), heads=8, rows=16_000_000,
-                       width=256, conv_kernel=0, stop_at_eot=True, bias=False)
-    primes = head_primes(cfg)
-    assert [sum(map(sum, primes[b])) for b in cfg.blocks] == [384006168, 384016682]
+                       width=256, stop_at_eot=True)
     module = Engram(cfg, 1, 32, n_canonical=99092, pad=2, table_device="meta")
     assert module.table.shape == (384006168, 256)
-    assert module.multipliers.tolist() == [76632096046245, 4839876093313, 35959672319349,
-                                           73987337458391]
     rows = module.hash(torch.tensor([[5, 10, 20, 30, 40]]))[0, -1].view(3, 8)
     assert (rows - module.offsets)[:, :2].tolist() == [
         [1326936, 6120872], [14088109, 7705371], [14966984, 15521295]]
@@ -220,19 +215,25 @@ def test_canonical_ids():
     assert canonical_ids(pieces, compress=False).tolist() == list(range(16))
 
 
-def test_read_equals_plain_indexing():
-    """Wrong inverse, or a gradient that counts a row read twice once."""
+def test_read_is_plain_indexing_and_gradients_reach_everything():
+    """Wrong inverse, or a gradient that counts a row read twice once; table and projection
+    both zero: neither ever learns, and the loss looks as usual."""
     module = tiny_module(heads=4, rows=5)
     row_ids = module.hash(torch.randint(0, 30, (2, 50)))
-    read = module.read(row_ids)
-    plain = module.table.clone().requires_grad_()
-    e = plain[row_ids].flatten(2)
-    assert torch.equal(lookup(read), e)
-    weight = torch.randn_like(e)
-    (lookup(read) * weight).sum().backward()
-    (e * weight).sum().backward()
-    torch.testing.assert_close(read.leaf.grad, plain.grad[read.row_ids])
+    read, plain = module.read(row_ids), module.table.clone().requires_grad_()
     assert len(read.row_ids) == len(row_ids.unique()) < row_ids.numel()
+    assert torch.equal(lookup(read), plain[row_ids].flatten(2))
+    h = (0.02 * torch.randn(2, 50, 8)).requires_grad_()       # as the embedding starts
+    known = {"h": h, **dict(module.named_parameters())}
+    weight, grads = torch.randn_like(h), []
+    for leaf, inverse in ((read.leaf, read.inverse), (plain, row_ids)):
+        out = module(h, Read(None, leaf, inverse, None))
+        grads.append(torch.autograd.grad((out * weight).sum(), [leaf, *known.values()]))
+    torch.testing.assert_close(grads[0], (grads[1][0][read.row_ids], *grads[1][1:]))
+    for name, grad in zip(["table", *known], grads[0]):
+        # the norm of the convolution waits a step for the zero taps
+        assert grad.abs().max() > 0 or name == "conv.norm.weight", name
+    assert out.norm() < 0.3 * h.norm()
 
 
 def test_row_adam_is_adam_on_the_visits_of_each_row():
@@ -252,21 +253,6 @@ def test_row_adam_is_adam_on_the_visits_of_each_row():
         mine.step([Read(rows, leaf, None, None)], lr)
     torch.testing.assert_close(table, torch.stack(oracle).detach())
     assert torch.equal(table[5:], before[5:])
-
-
-def test_first_backward_reaches_everything():
-    """Table and projection both zero: neither ever learns, and the loss looks as usual."""
-    module = tiny_module()
-    h = (0.02 * torch.randn(2, 10, 8)).requires_grad_()       # as the embedding starts
-    read = module.read(module.hash(torch.randint(0, 30, (2, 10))))
-    out = module(h, read)
-    (out * torch.randn_like(out)).sum().backward()
-    grads = {n: p.grad for n, p in module.named_parameters()}
-    grads.update(table=read.leaf.grad, h=h.grad)
-    grads.pop("conv.norm.weight")              # waits a step for the zero taps
-    for name, grad in grads.items():
-        assert grad is not None and grad.abs().max() > 0, name
-    assert out.norm() < 0.3 * h.norm()
 
 
 def apart(x, parts):
@@ -331,8 +317,8 @@ def slow_moe(moe, x):
     return out.view_as(x)
 
 
-def tiny_moe(dtype=torch.float64, top_k=2):
-    moe = MoE(16, 12, 5, 8, top_k).to(dtype)
+def tiny_moe(top_k=2):
+    moe = MoE(16, 12, 5, 8, top_k).double()
     for p in moe.parameters():
         torch.nn.init.normal_(p, std=0.3)
     moe.bias.normal_(std=0.1)
@@ -341,39 +327,34 @@ def tiny_moe(dtype=torch.float64, top_k=2):
 
 @pytest.mark.parametrize("top_k", [1, 2, 5])
 def test_moe_is_the_weighted_sum_over_experts(top_k):
-    """Results put back in another token's place, a bias that leaks into the weights."""
-    moe = tiny_moe(top_k=top_k)
+    """Results put back in another token's place, a bias that leaks into the weights; in bf16
+    a gradient that reaches padding; an expert that nobody chose."""
+    moe = tiny_moe(top_k)
     weights = list(moe.parameters())
-    for T in (7, 1):                         # 7 are sorted; 1 is the path of decoding
+
+    def check(fast, x, near):
+        slow = slow_moe(moe, x)
+        torch.testing.assert_close(fast, slow, rtol=near, atol=near)
+        found, want = (torch.autograd.grad((y * x).sum(), weights) for y in (fast, slow))
+        for a, b in zip(found, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=near, atol=near * max(1, b.abs().max()))
+
+    for T in (1, 7):                         # 7 are sorted; 1 is the path of decoding
         x = torch.randn(2, T, 16, dtype=torch.float64)
-        fast, slow = moe(x), slow_moe(moe, x)
-        torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)
-        grads = [torch.autograd.grad((y * x).sum(), weights) for y in (fast, slow)]
-        torch.testing.assert_close(*grads, rtol=0, atol=1e-11)
-
-
-def test_moe_padded_and_grouped_paths():
-    """bf16: a result of another expert, a gradient that reaches padding, an idle expert."""
-    moe, x = tiny_moe(torch.float32), torch.randn(2, 7, 16)
+        check(moe(x), x, 1e-11)
     moe.bias[3] = -9
-    weights, flat = [moe.w_in, moe.w_out, moe.router.weight], x.view(-1, 16)
-    slow = slow_moe(moe, x) - moe.shared(x)
-    grads = torch.autograd.grad((slow * x).sum(), weights)
+    flat = x.view(-1, 16)
     for dtype, grouped, near in ((torch.float32, True, 1e-5), (torch.bfloat16, False, 0.1),
                                  (torch.bfloat16, True, 0.1)):
         chosen, weight, counts = moe.route(flat)
-        assert counts[3] == 0
-        fast = moe.experts(flat.to(dtype), chosen, weight.to(dtype), counts, grouped)
-        fast = fast.float().view_as(x)
-        torch.testing.assert_close(fast, slow, rtol=near, atol=near)
-        found = torch.autograd.grad((fast * x).sum(), weights)
-        for a, b in zip(found, grads, strict=True):
-            torch.testing.assert_close(a, b, rtol=near, atol=near * b.abs().max().item())
+        assert top_k == 5 or counts[3] == 0
+        routed = moe.experts(flat.to(dtype), chosen, weight.to(dtype), counts, grouped)
+        check(moe.shared(x) + routed.view_as(x), x, near)
 
 
 def test_moe_bias_moves_against_the_load():
     """The busiest expert gets busier; evaluation as load; 0/0 where sigmoids vanish."""
-    moe, x = tiny_moe(torch.float32), torch.randn(4, 64, 16)
+    moe, x = tiny_moe().float(), torch.randn(4, 64, 16)
     moe.bias[2] = 1.0                        # nearly every token takes expert 2
     uneven = []
     for _ in range(60):
@@ -397,15 +378,6 @@ def test_cached_decoding_is_the_full_forward(chunks, control):
     pieces = [model(part, cache=cache)[0] for part in idx.split(chunks, dim=1)]
     full = model(idx)[0]
     torch.testing.assert_close(torch.cat(pieces, 1), full, rtol=0, atol=1e-10)
-
-
-def test_attention_by_hand_is_sdpa():
-    """A mask off by one in the form that a cache needs, and that a CPU takes in bf16."""
-    q, k, v = torch.randn(3, 2, 4, 10, 8, dtype=torch.float64)
-    full = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    torch.testing.assert_close(attend(q[:, :, -3:], k, v), full[:, :, -3:])
-    half = attend(q.bfloat16(), k.bfloat16(), v.bfloat16())
-    torch.testing.assert_close(half.double(), full, rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("rho", [0, 0.75, 0.9])
@@ -443,9 +415,6 @@ def test_n_grams_that_share_a_row():
     tokens, pieces = np.array([0, 1, 2, 0, 1, 3, 0, 1]), [b"a", b"b", b"c", b" A"]
     said = crowding(EngramConfig(rows=(2, 4)), tokens, pieces)
     assert said == "2.5 2-grams and 1.5 3-grams"    # ab bc ca ba aa; abc bca cab aba baa aab
-    for compress, share in ((True, "1.0"), (False, "1.5")):
-        memory = EngramConfig(orders=(2,), rows=2, compress=compress)
-        assert crowding(memory, np.array([0, 1, 3, 1]), pieces) == f"{share} 2-grams"
 
 
 # ---- train.py, as a user runs it -------------------------------------------------------
@@ -547,16 +516,13 @@ def test_killed_run_resumes_exactly(corpus, tmp_path):
 
 @pytest.mark.parametrize("flags", [
     "--engram_gate off --engram_conv_kernel 0", "--engram_orders 1",
-    "--engram_stop_at_eot --no-engram_bias --engram_gate plain",
+    "--engram_stop_at_eot --no-engram_bias --engram_gate plain --engram_rows 1",
     "--no-engram_compress --engram_blocks 0 1 --n_expert 6", "--model moe --n_expert 0",
-    "--model moe --n_layer 1", "--model moe --n_expert 2",
-    "--engram_rows 1 --engram_seed 9"])
-def test_variants_train(corpus, tmp_path, capsys, flags):
-    """A parameter without a gradient, a twin that cannot be paid, false twins."""
+    "--model moe --n_layer 1", "--model moe --n_expert 2"])
+def test_variants_train(corpus, tmp_path, flags):
+    """A parameter without a gradient, a twin that cannot be paid."""
     run(train, *corpus, *TINY, "--steps", 4, "--rho", 0.3, "--out_dir", tmp_path,
         *flags.split())
-    before = capsys.readouterr().out.split(" step ")[0]
-    assert ("rows were given" in before) == ("--engram_rows" in flags)
 
 
 def test_resume_takes_what_fits(corpus, tmp_path, refused, monkeypatch):
@@ -584,16 +550,6 @@ def test_resume_takes_what_fits(corpus, tmp_path, refused, monkeypatch):
     for broken in (whole[:len(whole) // 2], b"not a checkpoint"):
         path.write_bytes(broken)
         refused("not a readable checkpoint", *again)
-
-
-def test_accumulation_and_evaluation_do_not_change_training(corpus, tmp_path):
-    """Evaluation that draws training's random numbers, or leaves it in eval mode."""
-    ends = []
-    for flags in ((), ("--eval_every", 12), ("--batch_size", 1)):
-        out = tmp_path / str(len(ends))
-        run(train, *corpus, *TINY, "--model", "engram", "--out_dir", out, *flags)
-        ends.append(log(out)[-1]["val_loss"])
-    assert ends[0] == ends[1] and ends[0] == pytest.approx(ends[2], abs=1e-4)
 
 
 def test_infinite_loss_keeps_the_checkpoint(corpus, tmp_path, refused, monkeypatch):
@@ -715,15 +671,18 @@ def ranks(n, *argv):
 
 def test_ranks_train_as_one_process(corpus, tmp_path):
     """A gradient that is not averaged, rows that get lost or are updated twice, experts that
-    are balanced by one rank's load; a checkpoint that another number cannot resume."""
-    argv = [*corpus, *TINY, "--model", "engram", "--engram_blocks", 0, 1, "--batch_size", 1,
-            "--tokens_per_step", 192, "--device", "cpu"]
+    are balanced by one rank's load; a checkpoint that another number cannot resume; an error
+    that every rank prints."""
+    argv = [*corpus, *TINY, "--model", "engram", "--engram_blocks", 0, 1, "--device", "cpu"]
+    assert ranks(3, *argv).stderr.count("processes * batch_size") == 1
+    argv += ["--tokens_per_step", 192]
     weights = []
     for numbers in ((1, 1, 1), (1, 3, 2)):
         out = tmp_path / str(sum(numbers))
         for n, where, steps in zip(numbers, ("host", "host", "resident"), (4, 8, 12)):
-            flags = [*argv, "--table", where, "--steps", steps, "--out_dir", out]
-            flags += ["--resume"] * out.exists()
+            # one process adds up micro-batches, where several share a step
+            flags = [*argv, "--batch_size", 3 // n, "--table", where, "--steps", steps]
+            flags += ["--out_dir", out] + ["--resume"] * out.exists()
             if n == 1:
                 run(train, *flags)
             else:
@@ -732,19 +691,6 @@ def test_ranks_train_as_one_process(corpus, tmp_path):
         weights.append(load_checkpoint(out / "engram" / "ckpt.pt")[0]["model"])
     for one, several in zip(*(w.values() for w in weights), strict=True):
         torch.testing.assert_close(several, one, rtol=0, atol=5e-4)
-
-
-def test_a_rank_that_dies_ends_the_others(corpus, tmp_path):
-    """Processes that wait for ever; an error that every rank prints."""
-    argv = [*corpus, *TINY, "--model", "engram", "--out_dir", tmp_path, "--device", "cpu"]
-    assert ranks(3, *argv).stderr.count("processes * batch_size") == 1
-    command = "-m torch.distributed.run --standalone --nproc_per_node=2 train.py".split()
-    with started(*command, *map(str, argv), "--steps", "100000") as torchrun:
-        wait_until((tmp_path / "engram" / "ckpt.pt").exists, 120)
-        children = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True)
-        os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
-        torchrun.communicate(timeout=60)
-    assert torchrun.returncode == 1
 
 
 # ---- where the table lives -------------------------------------------------------------
@@ -778,7 +724,8 @@ def fetch_by(model, fetch):
 
 
 def test_reads_start_early_and_do_not_mix():
-    """A prefetch that begins too late; a buffer used again before it is read."""
+    """A prefetch that begins too late; a buffer used again before it is read; a hang, or a
+    silent empty row, where the worker fails."""
     class Slow(Fetch):
         begun = 0
 
@@ -786,6 +733,10 @@ def test_reads_start_early_and_do_not_mix():
             self.begun += 1
             time.sleep(0.05)
             return super().gather(*args)
+
+    class Broken(Fetch):
+        def gather(self, *args):
+            raise OSError("the disk does not answer")
 
     model, idx = tiny_gpt(), torch.randint(VOCAB, (1, 4))
     slow = fetch_by(model, Slow())
@@ -804,27 +755,9 @@ def test_reads_start_early_and_do_not_mix():
     for _ in range(2):
         model(idx, reads=reads)
     assert slow.begun == 2                                # once a read
-
-
-def test_a_worker_that_fails():
-    """A hang, a silent empty row, or a thread that outlives its model."""
-    class Broken(Fetch):
-        def gather(self, *args):
-            raise OSError("the disk does not answer")
-
-    before, model, idx = threading.enumerate(), tiny_gpt(), torch.randint(VOCAB, (1, 4))
-    want = model(idx)[0]
     fetch_by(model, Broken())
     with pytest.raises(OSError, match="does not answer"):
         model(idx)
-    fetch_by(model, Fetch())
-    assert torch.equal(model(idx)[0], want)
-    started = set(threading.enumerate()) - set(before)
-    assert started
-    del model
-    gc.collect()
-    wait_until(lambda: not started & set(threading.enumerate()))
-    assert not started & set(threading.enumerate())
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -841,11 +774,6 @@ def test_offloaded_on_a_gpu(prefetch):
         with torch.no_grad():
             losses[where] = torch.stack([model(x.cuda(), x.cuda())[1] for x in ids])
     torch.testing.assert_close(losses["host"], losses["resident"], rtol=0, atol=1e-5)
-    x = ids[0].cuda()
-    reads = model.read(x)
-    model(x, x, reads)[1].backward()
-    RowAdam([engram.table for engram in model.engrams()]).step(reads, 0.1)
-    assert all(read.leaf.is_cuda for read in reads)
     assert not any(engram.table.is_cuda for engram in model.engrams())
 
 
@@ -854,7 +782,7 @@ def test_train_on_a_gpu(corpus, tmp_path):
     """A tensor left on the CPU, a state that resumes on the wrong device."""
     argv = [*corpus, *TINY, "--preset", "laptop", "--device", "cuda", "--dtype", "bfloat16"]
     run(train, *argv, "--out_dir", tmp_path)
-    run(train, *argv, "--out_dir", tmp_path, "--resume", "--steps", 16)
+    run(train, *argv, "--out_dir", tmp_path, "--resume", "--steps", 16, "--table", "host")
     assert log(tmp_path)[-1]["val_loss"] < math.log(400)
 
 
@@ -881,7 +809,22 @@ def test_sampling(look):
     assert texts["--num_samples 2"] == texts[""] + "-" * 20 + "\n" + texts["--seed 1"]
     assert texts["--temperature 0"] == texts["--top_k 1"]
     assert texts[""].startswith(texts["--max_new_tokens 5"][:-1])
-    assert torch.get_num_threads() == 1
+
+
+def test_prompts(trained, look, tmp_path):
+    """A prompt cut at its end, a file read as its name, a marker as characters."""
+    saved, model = load_checkpoint(trained / "engram" / "ckpt.pt")
+    enc = prepare_data.encoding(saved["tokenizer"])
+    text, file = "w1 w3 " * 60, tmp_path / "a.txt"
+    file.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    ids = prepare_data.encode_text(enc, text)[-32:]
+    long = look("--prompt", f"FILE:{file}", "--max_new_tokens", 50)
+    pairs = sample.complete(model, enc, ids, max_new_tokens=50, temperature=0.5)
+    assert long.out == enc.decode(ids) + "".join(part for _, part in pairs) + "\n"
+    assert sample.prompt_tokens(f"w1{EOT}w2", enc, 32).count(enc.eot_token) == 2
+    assert look("--prompt", EOT).out == look().out
+    blanks = " " * 1_000_000                     # more than tiktoken takes at once
+    assert enc.decode(prepare_data.encode_text(enc, blanks)) == blanks
 
 
 def test_text_is_streamed_in_whole_characters(monkeypatch):
@@ -918,23 +861,6 @@ def test_beyond_the_context_is_going_on_by_hand(length, memory):
     assert new == made
 
 
-def test_prompts(trained, look, tmp_path):
-    """A prompt cut at its end, a file read as its name, a marker as characters."""
-    saved, model = load_checkpoint(trained / "engram" / "ckpt.pt")
-    enc = prepare_data.encoding(saved["tokenizer"])
-    text, file = "w1 w3 " * 60, tmp_path / "a.txt"
-    file.write_bytes(b"\xef\xbb\xbf" + text.encode())
-    ids = prepare_data.encode_text(enc, text)[-32:]
-    long = look("--prompt", f"FILE:{file}", "--max_new_tokens", 50)
-    pairs = sample.complete(model, enc, ids, max_new_tokens=50, temperature=0.5)
-    assert long.out == enc.decode(ids) + "".join(part for _, part in pairs) + "\n"
-    assert "the last 32 are kept" in long.err
-    assert sample.prompt_tokens(f"w1{EOT}w2", enc, 32).count(enc.eot_token) == 2
-    assert look("--prompt", EOT).out == look().out
-    blanks = " " * 1_000_000                     # more than tiktoken takes at once
-    assert enc.decode(prepare_data.encode_text(enc, blanks)) == blanks
-
-
 def test_values_stand_beside_their_tokens(trained, look):
     """A sign turned round, a value beside the wrong token."""
     saved, model = load_checkpoint(trained / "engram" / "ckpt.pt")
@@ -965,14 +891,11 @@ def test_shades_and_their_picture(look, tmp_path):
     assert re.sub("\x1b.*?m", "", coloured) == re.sub(r"\[.*?\]", "", plain)
     assert "48;2;168;202;255m" in coloured and sample.tint(-1) == (255, 190, 110)
     path, heights = tmp_path / "a.png", []
-    said = look("--prompt", "$x_1", "--memory", "--png", path, "--max_new_tokens", 60).err
-    assert path.exists() and "only its last 31 tokens" in said
+    look("--prompt", "$x_1", "--memory", "--png", path, "--max_new_tokens", 60)
     for text in ("x" * 96, "x" * 97, "$x_1\nb\nc"):
+        path.unlink()
         sample.draw([(text, 2.0, 1.0)], "title", path)
-        picture = matplotlib.image.imread(path)[..., :3]
-        heights.append(len(picture))
-        blue = np.isclose(picture, np.array([80, 150, 255]) / 255, atol=0.01).all(-1)
-        assert blue.sum() > 150 * len(text)
+        heights.append(len(matplotlib.image.imread(path)))
     assert heights == sorted(set(heights))
 
 
@@ -1040,8 +963,8 @@ def naive_bpe(text, n_merges):
     return tokens, words
 
 
-def test_bpe_is_the_naive_one_and_tiktoken_runs_it(monkeypatch):
-    """Counts that drift, ties by hash order, long words that are lost."""
+def test_bpe_is_the_naive_one_and_tiktoken_runs_it():
+    """Counts that drift, ties by hash order, a text too short for so many merges."""
     text = CODE_TEXT + "".join(random.Random(0).choices("aaabbcd \n\u20ac", k=9000))
     tokens, words = naive_bpe(text, 150)
     assert prepare_data.train_bpe([text], 150) == tokens and len(tokens) == 406
@@ -1053,12 +976,6 @@ def test_bpe_is_the_naive_one_and_tiktoken_runs_it(monkeypatch):
         assert [of_id[i] for i in enc.encode_ordinary(word)] == parts
     for odd in ["\x00\ud7ff\U0001f600 e\u0301\r\n\t", EOT, *map(chr, range(1, 3000))]:
         assert enc.decode_bytes(enc.encode_ordinary(odd)) == odd.encode()
-    text = CODE_TEXT + "y" * 99
-    ordinary = Counter(regex.findall(prepare_data.PATTERN, text))
-    counts = prepare_data.count_words([text, "x" * 10_000])
-    assert counts == ordinary + Counter({"x" * 20: 500})
-    monkeypatch.setattr(prepare_data, "MAX_WORDS", 5)
-    assert prepare_data.count_words([text]) == dict(ordinary.most_common(5))
 
 
 def test_prepared_text_round_trip(prepared):
@@ -1245,12 +1162,12 @@ def test_gpt2():
         "648b280b8082b3868d20fef4dfd3c60f72673bafc4e5e13002744f4967b2ddae"
 
 
-def test_mistakes_in_preparing(tmp_path, refused, monkeypatch):
+def test_mistakes_in_preparing(tmp_path, refused):
     """A traceback; what is no text taken for it; one data set that replaces another."""
     ok, to = tmp_path / "ok.txt", ["--data_dir", tmp_path / "d"]
     ok.write_text(CODE_TEXT)
     for word, *argv in [
-            ("python, tinystories", "pyhton"), ("neither", os.devnull), ("neither", "python", ok),
+            ("python, tinystories", "pyhton"), ("neither", "python", ok),
             ("257", "--vocab_size", 256), ("--max_mb 1", ok, "--max_mb", 1),
             ("--name python", ok, "--name", "python"), ("pyarrow", "openwebtext")]:
         refused(word, run, prepare_data, *argv, *to)
@@ -1264,9 +1181,6 @@ def test_mistakes_in_preparing(tmp_path, refused, monkeypatch):
         run(prepare_data, ok, *to)
     (tmp_path / "ok.md").write_text(CODE_TEXT)
     refused("--name", run, prepare_data, tmp_path / "ok.md", *to)
-    monkeypatch.setenv("HF_ENDPOINT", "somewhere")
-    with pytest.raises(prepare_data.Offline, match="somewhere"):
-        run(prepare_data, "tinystories", *to)
 
 
 def test_passes(corpus):
