@@ -7,8 +7,6 @@ demo, the scripts as a user runs them.
 test_vectors.npz holds canonical ids, weights and outputs of the official demo
 (engram_demo_v1.py) for two configurations.
 """
-import common
-
 import gc
 import hashlib
 import http.server
@@ -39,6 +37,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench_offload
+import common
 import prepare_data
 import runs
 import sample
@@ -49,7 +48,7 @@ from moe import MoE
 from muon import Muon
 from offload import Fetch, check_rows, place
 from prepare_data import EOT
-from twins import crowding, make_twins
+from twins import make_twins
 
 HERE = Path(__file__).resolve().parent
 VOCAB = 60
@@ -155,17 +154,6 @@ def test_demo_addresses_and_outputs(name):
             torch.testing.assert_close(out, known["out"][:, :, branch], rtol=0, atol=1e-5)
 
 
-def test_deepseek_v41_addresses():
-    """Golden values of DeepSeek-V4.1: large tables, 4-grams, look-back that stops."""
-    cfg = EngramConfig(blocks=(1, 14), orders=(2, 3, 4), heads=8, rows=16_000_000,
-                       width=256, stop_at_eot=True)
-    module = Engram(cfg, 1, 32, n_canonical=99092, pad=2, table_device="meta")
-    assert module.table.shape == (384006168, 256)
-    rows = module.hash(torch.tensor([[5, 10, 20, 30, 40]]))[0, -1].view(3, 8)
-    assert (rows - module.offsets)[:, :2].tolist() == [
-        [1326936, 6120872], [14088109, 7705371], [14966984, 15521295]]
-
-
 def slow_rows(module, ids, stop):
     """Row numbers of one sequence of canonical ids, by Python's unbounded integers."""
     N, rows, multipliers = module.cfg.orders[-1], [], module.multipliers.tolist()
@@ -255,33 +243,31 @@ def test_row_adam_is_adam_on_the_visits_of_each_row():
     assert torch.equal(table[5:], before[5:])
 
 
-def apart(x, parts):
-    """Return the matrices that share a parameter, or its gradient."""
-    pieces = [x] if x.ndim == 2 else x
-    return [matrix for w in pieces for matrix in w.chunk(parts, x.ndim - 2)]
-
-
 def test_muon_is_torch_muon_on_each_matrix():
     """Matrices that only share a parameter made orthogonal as one; a shape mixed up."""
-    groups, oracle = [], []
+    def apart(x, parts):
+        pieces = [x] if x.ndim == 2 else x
+        return [matrix for w in pieces for matrix in w.chunk(parts, x.ndim - 2)]
+
+    groups, slow = [], []
     for shape, parts in (((12, 8), 3), ((8, 8), 2), ((5, 8, 12), 2), ((8, 24), 1)):
         p = torch.nn.Parameter(torch.randn(shape))
         groups.append({"params": [p], "parts": parts, "lr": 0.02})
-        matrices = [w.clone() for w in apart(p.detach(), parts)]
-        adjusted = dict(weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-        oracle.append(torch.optim.Muon(map(torch.nn.Parameter, matrices), 0.02, **adjusted))
+        slow += [torch.nn.Parameter(w.clone()) for w in apart(p.detach(), parts)]
     mine = Muon(groups, 0.1, torch.bfloat16)
-    pairs = [(group["params"][0], group["parts"], slow) for group, slow in zip(groups, oracle)]
+    oracle = torch.optim.Muon(slow, 0.02, 0.1, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
-        for p, parts, slow in pairs:
+        waiting = iter(slow)
+        for group in groups:
+            p = group["params"][0]
             p.grad = torch.randn_like(p)
-            for w, grad in zip(slow.param_groups[0]["params"], apart(p.grad, parts), strict=True):
-                w.grad = grad.contiguous()
-            slow.step()
+            for grad in apart(p.grad, group["parts"]):
+                next(waiting).grad = grad.contiguous()
         mine.step()
-    for p, parts, slow in pairs:
-        for a, b in zip(apart(p, parts), slow.param_groups[0]["params"], strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
+        oracle.step()
+    fast = [w for group in groups for w in apart(group["params"][0], group["parts"])]
+    for a, b in zip(fast, slow, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("gate, orders, dilation", [("plain", (1, 2), 0), ("off", (2, 3), 5)])
@@ -408,13 +394,6 @@ def test_twins_agree(rho, memory, untied):
         counted = sum(n for op, n in counter.get_flop_counts()["Global"].items()
                       if "attention" not in str(op)) / 64
         assert size["flops_per_token"] - attention == pytest.approx(counted, rel=0.002)
-
-
-def test_n_grams_that_share_a_row():
-    """Token ids counted for canonical ids, or all n-grams for the different ones."""
-    tokens, pieces = np.array([0, 1, 2, 0, 1, 3, 0, 1]), [b"a", b"b", b"c", b" A"]
-    said = crowding(EngramConfig(rows=(2, 4)), tokens, pieces)
-    assert said == "2.5 2-grams and 1.5 3-grams"    # ab bc ca ba aa; abc bca cab aba baa aab
 
 
 # ---- train.py, as a user runs it -------------------------------------------------------
@@ -581,22 +560,23 @@ def test_what_was_there_is_kept(tmp_path, refused, writer):
 @pytest.mark.parametrize("script, flags, word", [
     (train, "--no_such_flag 1", "unrecognized"), (train, "--lr nan", "lr nan"),
     (train, "--n_head 3", "2 * n_head"), (train, "--engram_blocks 7", "blocks 0 to 1"),
-    (train, f"--seed {2 ** 63}", "at most"), (train, "--engram_orders 3 2", "increasing"),
-    (train, "--rho 0.9", "no row"), (train, "--n_expert 0", "need experts"),
+    (train, "--engram_orders 3 2", "increasing"), (train, "--rho 0.9", "no row"),
     (train, "--device mps", "--device cpu"), (train, "--dataset no", "not prepared"),
     (train, "--block_size 50000 --tokens_per_step 100000", "block_size"),
     (train, "--engram_rows 9999999999", "GB"), (train, "--compile", "C++ compiler"),
-    (sample, "--model dense", "invalid choice"), (sample, "--model moe --memory", "has none"),
-    (sample, "--png a.png", "needs"), (sample, "--max_new_tokens 0", "nothing to do"),
-    (sample, "--temperature nan", "nan"), (sample, "--prompt FILE:no", "No such file"),
+    (sample, "--model moe --memory", "has none"), (sample, "--png a.png", "needs"),
+    (sample, "--max_new_tokens 0", "nothing to do"), (sample, "--temperature nan", "nan"),
     (sample, f"--prompt FILE:{HERE / 'test_vectors.npz'}", "utf-8"),
-    (bench_offload, "--link_gbps nan", "gbps")])
+    (bench_offload, "--link_gbps nan", "gbps"), (prepare_data, "--vocab_size 256", "257"),
+    (prepare_data, "pyhton", "python, tinystories"), (prepare_data, "openwebtext", "pyarrow"),
+    (prepare_data, f"{__file__} --max_mb 1", "--max_mb 1"),
+    (prepare_data, f"{__file__} --name python", "--name python")])
 def test_usual_mistakes(corpus, trained, tmp_path, refused, monkeypatch, script, flags, word):
     """A traceback, a wall of usage, or a run that ignores what was asked."""
     monkeypatch.setattr(shutil, "which", lambda name: None)
     argv = {train: [*corpus, *TINY, "--out_dir", tmp_path], sample: ["--out_dir", trained],
-            bench_offload: ["--out", tmp_path]}[script]
-    refused(word, run, script, *argv, *flags.split())
+            bench_offload: ["--out", tmp_path], prepare_data: ["--data_dir", tmp_path]}
+    refused(word, run, script, *argv[script], *flags.split())
 
 
 def shell(command):
@@ -717,12 +697,6 @@ def test_offloaded_is_resident_bit_for_bit(prefetch, refused, monkeypatch):
     refused("other rows", check_rows, model, idx)
 
 
-def fetch_by(model, fetch):
-    for engram in model.engrams():
-        engram.fetch = fetch
-    return fetch
-
-
 def test_reads_start_early_and_do_not_mix():
     """A prefetch that begins too late; a buffer used again before it is read; a hang, or a
     silent empty row, where the worker fails."""
@@ -738,8 +712,13 @@ def test_reads_start_early_and_do_not_mix():
         def gather(self, *args):
             raise OSError("the disk does not answer")
 
+    def fetch_by(fetch):
+        for engram in model.engrams():
+            engram.fetch = fetch
+        return fetch
+
     model, idx = tiny_gpt(), torch.randint(VOCAB, (1, 4))
-    slow = fetch_by(model, Slow())
+    slow = fetch_by(Slow())
     for n, _ in zip(range(2, 8), generate(model, idx, 20), strict=False):
         wait_until(lambda n=n: slow.begun >= 2 * n)       # two layers; one read ahead
         assert slow.begun == 2 * n
@@ -748,14 +727,14 @@ def test_reads_start_early_and_do_not_mix():
     reads = [engram.read(r) for r in rows]
     for r, read in reversed(list(zip(rows, reads, strict=True))):
         assert torch.equal(lookup(read), engram.table[r].flatten(2))
-    slow = fetch_by(model, Slow(prefetch=False))
+    slow = fetch_by(Slow(prefetch=False))
     reads = model.read(idx)
     time.sleep(0.1)
     assert slow.begun == 0
     for _ in range(2):
         model(idx, reads=reads)
     assert slow.begun == 2                                # once a read
-    fetch_by(model, Broken())
+    fetch_by(Broken())
     with pytest.raises(OSError, match="does not answer"):
         model(idx)
 
@@ -979,8 +958,7 @@ def test_bpe_is_the_naive_one_and_tiktoken_runs_it():
 
 
 def test_prepared_text_round_trip(prepared):
-    """Text lost, doubled or reordered, an end of text missing, the marker as characters; two
-    runs that write into each other's files."""
+    """Text lost, doubled or reordered, an end of text missing, the marker as characters."""
     docs, folder, argv = prepared
     meta, *bins = prepare_data.load("mine", folder.parent)
     enc, found = prepare_data.encoding(meta["tokenizer"]), []
@@ -993,12 +971,6 @@ def test_prepared_text_round_trip(prepared):
     assert "".join(found) == "".join(docs) and 2 <= meta["val"]["documents"] <= 12
     in_prompt = prepare_data.encode_text(enc, argv[0].read_text())
     assert in_prompt[:3000] == bins[0][:3000].tolist()
-    # two at once
-    command = f"python prepare_data.py {shlex.join(map(str, argv))} --name x"
-    assert shell(f"{command} & {command} && wait $!").returncode == 0
-    again = prepare_data.load("x", folder.parent)[0]
-    assert again["train"] == meta["train"] and again["val"] == meta["val"]
-    assert len(list((folder.parent / "x").iterdir())) == 3
 
 
 @pytest.mark.parametrize("letters, size, block_size", [
@@ -1054,8 +1026,7 @@ def test_python_corpus():
 
 
 def test_what_is_not_whole_does_not_load(prepared, monkeypatch, refused):
-    """A truncated file (SIGBUS), half a file that looks whole; a full disk or Ctrl-C after
-    which the old data is gone."""
+    """A truncated file (SIGBUS), half a file that looks whole; the old data gone early."""
     _, folder, argv = prepared
     before, right = {f: f.read_bytes() for f in folder.iterdir()}, prepare_data.write_bins
     for file, content in (("train.bin", b"\0\0"), ("val.bin", bytes(9 ** 6)),
@@ -1063,9 +1034,6 @@ def test_what_is_not_whole_does_not_load(prepared, monkeypatch, refused):
         (folder / file).write_bytes(content)
         refused("damaged", prepare_data.load, "mine", folder.parent)
         run(prepare_data, *argv)             # the remedy that it names works
-    # a limit stands for the full disk
-    command = shlex.join(map(str, [*argv[:-1], 290]))
-    one_error(shell(f"ulimit -f 6; python prepare_data.py {command}"))
 
     def killed(*args):
         right(*args)
@@ -1148,38 +1116,21 @@ def test_tinystories(hub, tmp_path, monkeypatch):
     monkeypatch.setitem(prepare_data.DEFAULT_MB, "python", 1)
     name, note = prepare_data.find("auto", "cuda", new)
     assert name == "python" and "404" in note
-    assert "404" in one_error(shell(f"python prepare_data.py tinystories --data_dir {new}"))
 
 
-@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ,
-                    reason="needs TIKTOKEN_CACHE_DIR, a folder with GPT-2's tokenizer")
-def test_gpt2():
-    """Canonical ids that are not the demo's, though of the same number."""
-    tokens = prepare_data.token_bytes(prepare_data.make_tokenizer("gpt2", [], 50257))
-    assert tokens[15496] == b"Hello" and tokens[50256] == EOT.encode()
-    ids = canonical_ids(tokens).astype("<i8").tobytes()
-    assert hashlib.sha256(ids).hexdigest() == \
-        "648b280b8082b3868d20fef4dfd3c60f72673bafc4e5e13002744f4967b2ddae"
-
-
-def test_mistakes_in_preparing(tmp_path, refused):
+def test_files_that_are_no_text(tmp_path, refused):
     """A traceback; what is no text taken for it; one data set that replaces another."""
-    ok, to = tmp_path / "ok.txt", ["--data_dir", tmp_path / "d"]
-    ok.write_text(CODE_TEXT)
-    for word, *argv in [
-            ("python, tinystories", "pyhton"), ("neither", "python", ok),
-            ("257", "--vocab_size", 256), ("--max_mb 1", ok, "--max_mb", 1),
-            ("--name python", ok, "--name", "python"), ("pyarrow", "openwebtext")]:
-        refused(word, run, prepare_data, *argv, *to)
+    to = ["--data_dir", tmp_path / "d"]
     for word, name, content in [
             ("too little", "empty", b""), ("0xff", "bad", b"abc\n" * 5 + b"\xff"),
             ("NUL", "nul", b"a\0b"), ("gzip", "zip.txt", b"\x1f\x8b"),
             ("object", "a.jsonl", b'{"text": "a"}\n7'), ("'text'", "b.jsonl", b"{}")]:
         (tmp_path / name).write_bytes(content)
         refused(word, run, prepare_data, tmp_path / name, *to)
+    for name in ("ok.txt", "ok.md"):
+        (tmp_path / name).write_text(CODE_TEXT)
     for _ in range(2):
-        run(prepare_data, ok, *to)
-    (tmp_path / "ok.md").write_text(CODE_TEXT)
+        run(prepare_data, tmp_path / "ok.txt", *to)
     refused("--name", run, prepare_data, tmp_path / "ok.md", *to)
 
 
@@ -1201,24 +1152,19 @@ def test_passes(corpus):
 
 def test_copyable_tokens(corpus):
     """Counts of n-grams on wrong tokens, or grown by a second pass."""
+    def grams(x, y):
+        rows = np.concatenate([x, y[:, -1:]], axis=1).tolist()
+        return [list(zip(row, row[1:], row[2:])) for row in rows]
+
     data = prepare_data.Data("mine", corpus[3], 32, 4, 2000, 0, 256)
-
-    def grams(x, y, order):
-        rows = np.concatenate([x, y[:, -1:]], axis=1)
-        grams = np.lib.stride_tricks.sliding_window_view(rows, order, axis=1)
-        return [list(map(tuple, row)) for row in grams.tolist()]
-
-    trained = data.sequences(data.train, data.order[:2] * data.T)
-    for order in (2, 3):
-        times = Counter(sum(grams(*trained, order), []))
-        seen, copyable = data.count(2, order)
-        assert copyable.any()
-        slow = grams(data.val_x, data.val_y, order)
-        for row, counts, can_copy in zip(slow, seen.tolist(), copyable.tolist()):
-            assert counts == [-1] * (order - 2) + [times[gram] for gram in row]
-            repeats = [times[gram] == 0 and gram in row[:t] for t, gram in enumerate(row)]
-            assert can_copy == [False] * (order - 2) + repeats
-    assert data.passes > 2
+    trained = grams(*data.sequences(data.train, data.order[:2] * data.T))
+    times = Counter(sum(trained, []))
+    seen, copyable = (found.tolist() for found in data.count(2, 3))
+    for row, counts, can_copy in zip(grams(data.val_x, data.val_y), seen, copyable):
+        assert counts == [-1] + [times[gram] for gram in row]
+        repeats = [times[gram] == 0 and gram in row[:t] for t, gram in enumerate(row)]
+        assert can_copy == [False] + repeats
+    assert any(map(any, copyable)) and data.passes > 2
     once, twice = (data.count(n * data.sequences_per_pass, 2)[0] for n in (1, 2))
     assert once.tolist() == twice.tolist()
 
@@ -1254,14 +1200,13 @@ def test_bench(tiny_setup, tmp_path, capsys):
     """An arm or figure that is missing, a thread left behind."""
     before, path = set(threading.enumerate()), tmp_path / "offload.json"
     run(bench_offload, *"--full --rounds 6 --device cpu --out".split(), tmp_path)
-    lines, result = capsys.readouterr().out.splitlines(), json.loads(path.read_text())
+    printed, result = capsys.readouterr().out, json.loads(path.read_text())
     tables = result["prompts"] + result["others"]
-    whats = [table["what"].split(",")[0] for table in tables]
-    assert whats == ["prompts"] * 3 + ["decoding"] * 3 + ["a training step"]
+    assert len(tables) == 3 + 3 + 1
     for table in tables:
         assert list(table["arms"]) == ["no Engram", "resident", "synchronous", "prefetched"]
         assert all(len(figures["ms"]) == 6 for figures in table["arms"].values())
-        assert set(table["lines"]) <= set(lines) and "SIMULATED" in table["lines"][1]
+        assert "\n".join(table["lines"]) in printed and "SIMULATED" in table["lines"][1]
     assert [p["block"] for p in result["crossover"]["points"]] == [0, 1]
     gc.collect()
     assert set(threading.enumerate()) <= before
