@@ -631,8 +631,6 @@ def test_runs_that_are_no_twins(corpus, trained, tmp_path):
     assert [runs.crossing(records, loss) for loss in (4, 6, 1)] == [15, 10, None]
 
 
-# ---- several processes -----------------------------------------------------------------
-
 def test_ranks_train_as_one_process(corpus, tmp_path):
     """A gradient that is not averaged, rows that get lost or are updated twice, experts that
     are balanced by one rank's load; a checkpoint that another number cannot resume; an error
@@ -1010,7 +1008,6 @@ def test_what_is_not_whole_does_not_load(prepared, monkeypatch, refused):
         (folder / file).write_bytes(content)
         refused("damaged", prepare_data.load, "mine", folder.parent)
         run(prepare_data, *argv)             # the remedy that it names works
-    # a run that breaks off
     monkeypatch.setattr(prepare_data, "write_bins", lambda *args: 1 / 0)
     for name in ("mine", "new"):
         with pytest.raises(ZeroDivisionError):
