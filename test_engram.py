@@ -970,7 +970,7 @@ def test_odd_and_small_texts(tmp_path, letters, size, block_size, monkeypatch):
 def test_documents(tmp_path, monkeypatch):
     """A character or marker cut, a byte order mark kept, a long document or half a character
     of JSON that ends it all."""
-    docs = ["\u20ac" * 50 + "\n" + CODE_TEXT[:700], "\nsecond?\n", "x" * 900, "last"]
+    docs = ["\u20ac" * 50 + CODE_TEXT[:700], *["\nsecond?\n" * 3] * 9, "x" * 900, "last"]
     plain, dos, lines = (tmp_path / name for name in ("plain", "dos", "t.jsonl"))
     plain.write_text(f"{EOT}\n".join(docs))
     dos.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes().replace(b"\n", b"\r\n"))
