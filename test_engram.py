@@ -4,11 +4,8 @@ demo, the scripts as a user runs them.
 
     python -m pytest                  # all, a few minutes on a CPU, no network
 
-test_vectors.npz holds canonical ids, weights and outputs of the official demo
-(engram_demo_v1.py) for two configurations.
+test_vectors.npz holds ids, weights and outputs of the official demo, engram_demo_v1.py.
 """
-import common
-
 import gc
 import hashlib
 import http.server
@@ -30,7 +27,6 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import matplotlib.image
 import numpy as np
 import pytest
 import regex
@@ -39,19 +35,17 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench_offload
+import common
 import prepare_data
 import runs
 import sample
 import train
-from arms import side_by_side
-from engram import Engram, EngramConfig, Read, RowAdam, canonical_ids, head_primes, lookup
-from model import (GPT, Block, Cache, GPTConfig, accounting, attend, generate,
-                   load_checkpoint)
+from engram import Engram, EngramConfig, Read, RowAdam, canonical_ids, lookup
+from model import GPT, Block, Cache, GPTConfig, accounting, generate, load_checkpoint
 from moe import MoE
-from muon import Muon
 from offload import Fetch, check_rows, place
 from prepare_data import EOT
-from twins import crowding, make_twins
+from twins import make_twins
 
 HERE = Path(__file__).resolve().parent
 VOCAB = 60
@@ -108,7 +102,8 @@ def refused(capsys):
 
 def wait_until(condition, seconds=10):
     deadline = time.time() + seconds
-    while not condition() and time.time() < deadline:
+    while not condition():
+        assert time.time() < deadline
         time.sleep(0.01)
 
 
@@ -121,6 +116,9 @@ DEMO_RUNS = {
     "two_layers_order4_branches2":
         (tiny_engram(blocks=(0, 3), orders=(2, 3, 4), heads=4, rows=(199, 397, 499),
                      width=6, seed=7), 16, 2)}
+# our names of the weights, and the demo's
+THEIRS = {"key": "key_projs.{}", "value": "value_proj", "norm_key": "norm1.{}",
+          "norm_query": "norm2.{}", "conv.norm": "short_conv.norms.{}"}
 
 
 @pytest.mark.parametrize("name", DEMO_RUNS)
@@ -143,44 +141,26 @@ def test_demo_addresses_and_outputs(name):
         module.table[known["table_rows"].long()] = known["table_values"]
         for branch in range(branches):
             state = module.state_dict()
+            for name_here in state:
+                part, _, kind = name_here.rpartition(".")
+                if part in THEIRS:
+                    state[name_here] = known[f"{THEIRS[part].format(branch)}.{kind}"]
             conv = known["short_conv.conv.weight"][branch * D:(branch + 1) * D]
             state["conv.taps"] = conv[:, 0].T                              # [kernel, D]
-            for mine, theirs in (("key", f"key_projs.{branch}"), ("value", "value_proj"),
-                                 ("norm_key", f"norm1.{branch}"),
-                                 ("norm_query", f"norm2.{branch}"),
-                                 ("conv.norm", f"short_conv.norms.{branch}")):
-                for kind in ("weight", "bias"):
-                    if f"{mine}.{kind}" in state:
-                        state[f"{mine}.{kind}"] = known[f"{theirs}.{kind}"]
             module.load_state_dict(state)
             out = module(known["h"][:, :, branch], module.read(rows))
             torch.testing.assert_close(out, known["out"][:, :, branch], rtol=0, atol=1e-5)
 
 
-def test_deepseek_v41_addresses():
-    """Golden values of DeepSeek-V4.1: large tables, 4-grams, look-back that stops."""
-    cfg = EngramConfig(blocks=(1, 14), orders=(2, 3, 4), heads=8, rows=16_000_000,
-                       width=256, conv_kernel=0, stop_at_eot=True, bias=False)
-    primes = head_primes(cfg)
-    assert [sum(map(sum, primes[b])) for b in cfg.blocks] == [384006168, 384016682]
-    module = Engram(cfg, 1, 32, n_canonical=99092, pad=2, table_device="meta")
-    assert module.table.shape == (384006168, 256)
-    assert module.multipliers.tolist() == [76632096046245, 4839876093313, 35959672319349,
-                                           73987337458391]
-    rows = module.hash(torch.tensor([[5, 10, 20, 30, 40]]))[0, -1].view(3, 8)
-    assert (rows - module.offsets)[:, :2].tolist() == [
-        [1326936, 6120872], [14088109, 7705371], [14966984, 15521295]]
-
-
 def slow_rows(module, ids, stop):
     """Row numbers of one sequence of canonical ids, by Python's unbounded integers."""
-    rows, multipliers = [], module.multipliers.tolist()
+    N, rows, multipliers = module.cfg.orders[-1], [], module.multipliers.tolist()
+    padded = [module.pad] * (N - 1) + ids
     for t in range(len(ids)):
-        past, stopped = [ids[t]], False
-        for k in range(1, module.cfg.orders[-1]):
-            before = ids[t - k] if k <= t else module.pad
-            stopped = stopped or (stop and before == module.pad)
-            past.append(module.pad if stopped else before)
+        past = padded[t:t + N][::-1]                     # this id, the one before it, ...
+        if stop and module.pad in past[1:]:
+            k = past.index(module.pad, 1)
+            past[k:] = [module.pad] * (N - k)
         row, base = [], 0
         for n, primes in zip(module.cfg.orders, module.primes.tolist()):
             mix = 0
@@ -211,16 +191,6 @@ def test_hash_is_the_python_loop(orders, stop):
     assert (rows == torch.arange(2 * len(orders))).all()
 
 
-def test_hash_by_hand():
-    """The example in the docstring of hash(), once the hash has changed."""
-    module = tiny_module(orders=(2,))
-    module.multipliers = torch.tensor([3, 11])
-    module.primes, module.offsets = torch.tensor([[13, 17]]), torch.tensor([[0, 13]])
-    assert module.hash(torch.tensor([[5, 7]]))[0, 1].tolist() == [8, 13]
-    text = " ".join(Engram.hash.__doc__.split())
-    assert "(7 * 3) ^ (5 * 11) = 21 ^ 55 = 34" in text and "reads rows 8 and 13" in text
-
-
 def test_canonical_ids():
     """Merging what is not text, or losing a token that normalises to nothing."""
     pieces = [b"The", b" the", b"\xc3\xa9", b"e", b"\xc3", b"\xa9", b" ", b"\n\n",
@@ -231,19 +201,25 @@ def test_canonical_ids():
     assert canonical_ids(pieces, compress=False).tolist() == list(range(16))
 
 
-def test_read_equals_plain_indexing():
-    """Wrong inverse, or a gradient that counts a row read twice once."""
+def test_read_is_plain_indexing_and_gradients_reach_everything():
+    """Wrong inverse, or a gradient that counts a row read twice once; table and projection
+    both zero: neither ever learns, and the loss looks as usual."""
     module = tiny_module(heads=4, rows=5)
     row_ids = module.hash(torch.randint(0, 30, (2, 50)))
-    read = module.read(row_ids)
-    plain = module.table.clone().requires_grad_()
-    e = plain[row_ids].flatten(2)
-    assert torch.equal(lookup(read), e)
-    weight = torch.randn_like(e)
-    (lookup(read) * weight).sum().backward()
-    (e * weight).sum().backward()
-    torch.testing.assert_close(read.leaf.grad, plain.grad[read.row_ids])
+    read, plain = module.read(row_ids), module.table.clone().requires_grad_()
     assert len(read.row_ids) == len(row_ids.unique()) < row_ids.numel()
+    assert torch.equal(lookup(read), plain[row_ids].flatten(2))
+    h = (0.02 * torch.randn(2, 50, 8)).requires_grad_()       # as the embedding starts
+    known = {"h": h, **dict(module.named_parameters())}
+    weight, grads = torch.randn_like(h), []
+    for leaf, inverse in ((read.leaf, read.inverse), (plain, row_ids)):
+        out = module(h, Read(None, leaf, inverse, None))
+        grads.append(torch.autograd.grad((out * weight).sum(), [leaf, *known.values()]))
+    torch.testing.assert_close(grads[0], (grads[1][0][read.row_ids], *grads[1][1:]))
+    for name, grad in zip(["table", *known], grads[0]):
+        # the norm of the convolution waits a step for the zero taps
+        assert grad.abs().max() > 0 or name == "conv.norm.weight", name
+    assert out.norm() < 0.3 * h.norm()
 
 
 def test_row_adam_is_adam_on_the_visits_of_each_row():
@@ -265,69 +241,53 @@ def test_row_adam_is_adam_on_the_visits_of_each_row():
     assert torch.equal(table[5:], before[5:])
 
 
-def test_first_backward_reaches_everything():
-    """Table and projection both zero: neither ever learns, and the loss looks as usual."""
-    module = tiny_module()
-    h = (0.02 * torch.randn(2, 10, 8)).requires_grad_()       # as the embedding starts
-    read = module.read(module.hash(torch.randint(0, 30, (2, 10))))
-    out = module(h, read)
-    (out * torch.randn_like(out)).sum().backward()
-    grads = {n: p.grad for n, p in module.named_parameters()}
-    grads.update(table=read.leaf.grad, h=h.grad)
-    grads.pop("conv.norm.weight")              # waits a step for the zero taps
-    for name, grad in grads.items():
-        assert grad is not None and grad.abs().max() > 0, name
-    assert out.norm() < 0.3 * h.norm()
-
-
-def test_short_conv_is_a_grouped_convolution():
-    """Taps in reverse, a leak from the future, the dilation of another module."""
-    x = torch.randn(2, 30, 8)
-    for changes, dilation in (({}, 3), ({"orders": (1, 2)}, 2), ({"conv_dilation": 5}, 5)):
-        conv = tiny_module(**changes).conv
-        torch.nn.init.normal_(conv.taps)
-        past = F.pad(F.rms_norm(x, (8,), eps=1e-5).mT, (3 * dilation, 0))
-        slow = F.conv1d(past, conv.taps.T[:, None], groups=8, dilation=dilation)
-        torch.testing.assert_close(conv(x), F.silu(slow.mT))
-
-
 def test_muon_is_torch_muon_on_each_matrix():
     """Matrices that only share a parameter made orthogonal as one; a shape mixed up."""
-    def apart(x, parts):
-        pieces = [x] if x.ndim == 2 else x
+    def apart(x, name):
+        pieces, parts = [x] if x.ndim == 2 else x, 1
+        for word, n in (("qkv", 3), ("w_in", 2)):
+            parts = n if word in name else parts
         return [matrix for w in pieces for matrix in w.chunk(parts, x.ndim - 2)]
 
-    ours, groups, theirs = [], [], []
-    for shape, parts in (((12, 8), 3), ((24, 8), 2), ((5, 8, 12), 2), ((8, 24), 1)):
-        p = torch.nn.Parameter(torch.randn(shape))
-        ours.append(p)
-        groups.append({"params": [p], "parts": parts, "lr": 0.02})
-        theirs += [torch.nn.Parameter(w.clone()) for w in apart(p.detach(), parts)]
-    mine = Muon(groups, 0.1, torch.bfloat16)
-    oracle = torch.optim.Muon(theirs, 0.02, 0.1, adjust_lr_fn="match_rms_adamw")
+    model, slow = tiny_gpt(torch.float32), []
+    mine = train.optimisers(model, train.Config(dtype="bfloat16"))[0][1]
+    known = {p for group in mine.param_groups for p in group["params"]}
+    fast = [(name, p) for name, p in model.named_parameters() if p in known]
+    for name, p in fast:
+        slow += [torch.nn.Parameter(w.clone()) for w in apart(p.detach(), name)]
+    oracle = torch.optim.Muon(slow, 0.02, 0.1, adjust_lr_fn="match_rms_adamw")
+    for group in mine.param_groups:
+        group["lr"] = 0.02
     for _ in range(3):
-        for p in ours:
+        waiting = iter(slow)
+        for name, p in fast:
             p.grad = torch.randn_like(p)
-        grads = [g for group in groups for g in apart(group["params"][0].grad, group["parts"])]
-        for w, g in zip(theirs, grads, strict=True):
-            w.grad = g.contiguous()
+            for grad in apart(p.grad, name):
+                next(waiting).grad = grad.contiguous()
         mine.step()
         oracle.step()
-    found = [w for group in groups for w in apart(group["params"][0], group["parts"])]
-    for a, b in zip(found, theirs, strict=True):
+    found = [w for name, p in fast for w in apart(p, name)]
+    for a, b in zip(found, slow, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
+    assert len(found) == 3 * (3 + 1 + 2 + 1 + 4 * (2 + 1)) + 2 * 2
 
 
-@pytest.mark.parametrize("gate", ["plain", "off"])
-def test_other_gates(gate):
-    """A switch that changes nothing."""
-    module = tiny_module(gate=gate, conv_kernel=0)
-    h, read = torch.randn(1, 9, 8), module.read(module.hash(torch.randint(0, 30, (1, 9))))
+@pytest.mark.parametrize("gate, orders, dilation", [("plain", (1, 2), 0), ("off", (2, 3), 5)])
+def test_gates_and_dilations_that_the_demo_lacks(gate, orders, dilation):
+    """A switch that changes nothing, taps in reverse, a leak from the future."""
+    module = tiny_module(gate=gate, orders=orders, conv_dilation=dilation)
+    torch.nn.init.normal_(module.conv.taps)
+    h, x = torch.randn(2, 30, 8), torch.randint(0, 30, (2, 30))
+    read = module.read(module.hash(x))
     e, alpha = lookup(read), 1
     if gate == "plain":
         dot = F.rms_norm(module.key(e), (8,)) * F.rms_norm(h, (8,))
         alpha = torch.sigmoid(dot.sum(-1, keepdim=True) / math.sqrt(8))
-    torch.testing.assert_close(module(h, read), alpha * module.value(e))
+    v = alpha * module.value(e)
+    dilation = dilation or orders[-1]
+    past = F.pad(F.rms_norm(v, (8,), eps=1e-5).mT, (3 * dilation, 0))
+    conv = F.conv1d(past, module.conv.taps.T[:, None], groups=8, dilation=dilation)
+    torch.testing.assert_close(module(h, read), v + F.silu(conv.mT))
 
 
 def slow_moe(moe, x):
@@ -345,8 +305,8 @@ def slow_moe(moe, x):
     return out.view_as(x)
 
 
-def tiny_moe(dtype=torch.float64, top_k=2):
-    moe = MoE(16, 12, 5, 8, top_k).to(dtype)
+def tiny_moe(top_k=2):
+    moe = MoE(16, 12, 5, 8, top_k).double()
     for p in moe.parameters():
         torch.nn.init.normal_(p, std=0.3)
     moe.bias.normal_(std=0.1)
@@ -355,39 +315,34 @@ def tiny_moe(dtype=torch.float64, top_k=2):
 
 @pytest.mark.parametrize("top_k", [1, 2, 5])
 def test_moe_is_the_weighted_sum_over_experts(top_k):
-    """Results put back in another token's place, a bias that leaks into the weights."""
-    moe = tiny_moe(top_k=top_k)
+    """Results put back in another token's place, a bias that leaks into the weights; in bf16
+    a gradient that reaches padding; an expert that nobody chose."""
+    moe = tiny_moe(top_k)
     weights = list(moe.parameters())
-    for T in (7, 1):                         # 7 are sorted; 1 is the path of decoding
+
+    def check(fast, x, near):
+        slow = slow_moe(moe, x)
+        torch.testing.assert_close(fast, slow, rtol=near, atol=near)
+        found, want = (torch.autograd.grad((y * x).sum(), weights) for y in (fast, slow))
+        for a, b in zip(found, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=near, atol=near * max(1, b.abs().max()))
+
+    for T in (1, 7):                         # 7 are sorted; 1 is the path of decoding
         x = torch.randn(2, T, 16, dtype=torch.float64)
-        fast, slow = moe(x), slow_moe(moe, x)
-        torch.testing.assert_close(fast, slow, rtol=0, atol=1e-12)
-        grads = [torch.autograd.grad((y * x).sum(), weights) for y in (fast, slow)]
-        torch.testing.assert_close(*grads, rtol=0, atol=1e-11)
-
-
-def test_moe_padded_and_grouped_paths():
-    """bf16: a result of another expert, a gradient that reaches padding, an idle expert."""
-    moe, x = tiny_moe(torch.float32), torch.randn(2, 7, 16)
+        check(moe(x), x, 1e-11)
     moe.bias[3] = -9
-    weights, flat = [moe.w_in, moe.w_out, moe.router.weight], x.view(-1, 16)
-    slow = slow_moe(moe, x) - moe.shared(x)
-    grads = torch.autograd.grad((slow * x).sum(), weights)
+    flat = x.view(-1, 16)
     for dtype, grouped, near in ((torch.float32, True, 1e-5), (torch.bfloat16, False, 0.1),
                                  (torch.bfloat16, True, 0.1)):
         chosen, weight, counts = moe.route(flat)
-        assert counts[3] == 0
-        fast = moe.experts(flat.to(dtype), chosen, weight.to(dtype), counts, grouped)
-        fast = fast.float().view_as(x)
-        torch.testing.assert_close(fast, slow, rtol=near, atol=near)
-        found = torch.autograd.grad((fast * x).sum(), weights)
-        for a, b in zip(found, grads, strict=True):
-            torch.testing.assert_close(a, b, rtol=near, atol=near * b.abs().max().item())
+        assert top_k == 5 or counts[3] == 0
+        routed = moe.experts(flat.to(dtype), chosen, weight.to(dtype), counts, grouped)
+        check(moe.shared(x) + routed.view_as(x), x, near)
 
 
 def test_moe_bias_moves_against_the_load():
     """The busiest expert gets busier; evaluation as load; 0/0 where sigmoids vanish."""
-    moe, x = tiny_moe(torch.float32), torch.randn(4, 64, 16)
+    moe, x = tiny_moe().float(), torch.randn(4, 64, 16)
     moe.bias[2] = 1.0                        # nearly every token takes expert 2
     uneven = []
     for _ in range(60):
@@ -409,69 +364,37 @@ def test_cached_decoding_is_the_full_forward(chunks, control):
     idx[0, 6] = VOCAB - 1
     cache = Cache(model.cfg)
     pieces = [model(part, cache=cache)[0] for part in idx.split(chunks, dim=1)]
-    full = model(idx)[0]
-    torch.testing.assert_close(torch.cat(pieces, 1), full, rtol=0, atol=1e-10)
+    torch.testing.assert_close(torch.cat(pieces, 1), model(idx)[0], rtol=0, atol=1e-10)
 
 
-def test_attention_by_hand_is_sdpa():
-    """A mask off by one in the form that a cache needs, and that a CPU takes in bf16."""
-    q, k, v = torch.randn(3, 2, 4, 10, 8, dtype=torch.float64)
-    full = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    torch.testing.assert_close(attend(q[:, :, -3:], k, v), full[:, :, -3:])
-    half = attend(q.bfloat16(), k.bfloat16(), v.bfloat16())
-    torch.testing.assert_close(half.double(), full, rtol=0, atol=0.05)
-
-
-@pytest.mark.parametrize("rho", [0, 0.5, 0.75, 0.9])
-@pytest.mark.parametrize("memory", [{}, dict(blocks=(0, 2), width=8),
-                                    dict(orders=(1,), conv_kernel=0)])
-def test_twins_agree(rho, memory, monkeypatch):
-    """An unfair comparison: other totals or active parameters, a twin with less compute."""
+@pytest.mark.parametrize("rho", [0, 0.75, 0.9])
+@pytest.mark.parametrize("memory, untied", [({}, False), (dict(blocks=(0, 2), width=8), True),
+                                            (dict(orders=(1,), conv_kernel=0), False)])
+def test_twins_agree(rho, memory, untied):
+    """An unfair comparison: other totals or active parameters, a twin with less compute;
+    a matmul that is not counted, or a table that is."""
     cfg = GPTConfig(n_embd=192, n_head=3, n_expert=24, expert_hidden=96, shared_hidden=192,
-                    engram=EngramConfig(**memory))
+                    untied=untied, engram=EngramConfig(**memory))
     shapes, numbers = make_twins(cfg, rho)
-    model = GPT(shapes["engram"], np.arange(4096))
-    a, b = accounting(model), accounting(GPT(shapes["moe"], np.arange(4096)))
+    models = [GPT(shapes[name], np.arange(4096)).eval() for name in ("engram", "moe")]
+    a, b = map(accounting, models)
     assert a["P_tot"] == pytest.approx(b["P_tot"], rel=0.005)
     assert a["P_act"] == pytest.approx(b["P_act"], rel=0.005) and a["P_act"] <= b["P_act"]
     assert a["flops_per_token"] <= b["flops_per_token"]
-    weights = sum(p.numel() for p in model.parameters()) - 4096 * 192
-    assert a["P_tot"] == weights + sum(e.table.numel() for e in model.engrams())
-    assert b["P_sparse"] == 4 * (24 - 2) * 3 * 192 * 96
-    assert numbers["rho"] == pytest.approx(rho, abs=0.025) and numbers["engram"] == a
-    # a module that sums its rows projects another width than it reads
-    monkeypatch.setattr(EngramConfig, "d_mem", property(lambda cfg: 2 * cfg.width))
-    numbers = make_twins(cfg, rho)[1]
-    a, b = numbers["engram"], numbers["moe"]
-    assert a["P_tot"] == pytest.approx(b["P_tot"], rel=0.005)
-    memory = cfg.engram
-    values = len(memory.blocks) * memory.rows_read * memory.width
-    assert a["bytes_read_per_token"] == 4 * values
-
-
-def test_n_grams_that_share_a_row():
-    """Token ids counted for canonical ids, or all n-grams for the different ones."""
-    tokens, pieces = np.array([0, 1, 2, 0, 1, 3, 0, 1]), [b"a", b"b", b"c", b" A"]
-    said = crowding(EngramConfig(rows=(2, 4)), tokens, pieces)
-    assert said == "2.5 2-grams and 1.5 3-grams"    # ab bc ca ba aa; abc bca cab aba baa aab
-    for compress, share in ((True, "1.0"), (False, "1.5")):
-        memory = EngramConfig(orders=(2,), rows=2, compress=compress)
-        assert crowding(memory, np.array([0, 1, 3, 1]), pieces) == f"{share} 2-grams"
-
-
-@pytest.mark.parametrize("untied", [False, True])
-@pytest.mark.parametrize("name", ["engram", "moe"])
-def test_flops_per_token(name, untied):
-    """A matmul that is not counted, or a table that is."""
-    shape = make_twins(GPTConfig(untied=untied), 0.75)[0][name]
-    model, T = GPT(shape, np.arange(4096)).eval(), 64
-    size = accounting(model)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, T, dtype=torch.long))
-    attention = 4 * shape.n_layer * shape.n_embd * shape.block_size
-    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items()
-                  if "attention" not in str(op)) / T
-    assert size["flops_per_token"] - attention == pytest.approx(counted, rel=0.002)
+    weights = sum(p.numel() for p in models[0].parameters()) - 4096 * 192
+    assert a["P_tot"] == weights + sum(e.table.numel() for e in models[0].engrams())
+    assert b["P_sparse"] == 4 * (24 - 2) * 3 * 192 * 96 + untied * 4095 * 192
+    assert numbers["engram"] == a
+    if not untied:
+        assert numbers["rho"] == pytest.approx(rho, abs=0.025)
+    # what a forward pass really multiplies; attention is counted at a full context
+    attention = 4 * cfg.n_layer * cfg.n_embd * cfg.block_size
+    for model, size in zip(models, (a, b)):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(torch.zeros(1, 64, dtype=torch.long))
+        counted = sum(n for op, n in counter.get_flop_counts()["Global"].items()
+                      if "attention" not in str(op)) / 64
+        assert size["flops_per_token"] - attention == pytest.approx(counted, rel=0.002)
 
 
 # ---- train.py, as a user runs it -------------------------------------------------------
@@ -522,45 +445,10 @@ def same_run(a, b):
     return curves[0] == curves[1] and all(map(torch.equal, *tensors))
 
 
-def test_train_both(corpus, tmp_path, capsys, monkeypatch):
-    """A step of the whole way that breaks, also with a notebook's backend."""
+def test_train_and_side_by_side(corpus, tmp_path, capsys, monkeypatch):
+    """A step of the whole way that breaks, also with a notebook's backend; other bits than
+    one after the other; a gap at another step; a model that dies, and the rest trains on."""
     monkeypatch.setenv("MPLBACKEND", "module://nowhere.backend")
-    run(train, *corpus, *TINY, "--out_dir", tmp_path)
-    printed = capsys.readouterr().out
-    records = log(tmp_path)[1:]
-    assert [r["step"] for r in records] == [4, 8, 12]
-    assert records[-1]["val_loss"] < records[0]["val_loss"] < math.log(400) + 0.1
-    assert 0 < records[-1]["gate_mean"][0] < 1 and 0 < records[-1]["rows_touched"][0] <= 1
-    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
-    table = "\n".join(runs.compare(tmp_path))
-    assert table in printed and "Engram minus its twin" in table and "larger table" in table
-    # a log that was cut short is written again
-    (tmp_path / "moe" / "log.jsonl").write_text("{")
-    run(train, *corpus, *TINY, "--out_dir", tmp_path, "--resume")
-    assert table in capsys.readouterr().out
-
-
-def flood(tell):
-    while True:
-        tell("moe", 0, 1.0)
-
-
-def die(tell):
-    time.sleep(3)
-    raise SystemExit(2)
-
-
-def test_a_model_that_dies_ends_the_others():
-    """A child that waits for its messages to be read, and a parent that waits for it."""
-    began = time.time()
-    with pytest.raises(SystemExit):
-        side_by_side({"moe": flood, "engram": die}, lambda *told: time.sleep(0.01))
-    # starting takes most of it
-    assert time.time() - began < 60
-
-
-def test_side_by_side(corpus, tmp_path, capsys, refused):
-    """Other bits than one after the other; a gap at another step; a model that dies."""
     folders = [tmp_path / "one", tmp_path / "two"]
     for threads, out in enumerate(folders, start=1):
         torch.set_num_threads(threads)
@@ -572,72 +460,78 @@ def test_side_by_side(corpus, tmp_path, capsys, refused):
                 step = f"{name:6s} step {record['step']} of 12,"
                 line = next(line for line in printed.splitlines() if line.startswith(step))
                 assert line.endswith(gap) != (name == "moe")
+        assert "\n".join(runs.compare(out)) in printed
+        assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert same_run(*folders)
-    (folders[1] / "large" / "ckpt.pt").write_bytes(b"")
-    # while the others have long to go
-    argv = shlex.join([*corpus, *TINY, "--steps", "50000", "--out_dir", str(folders[1])])
-    limit = f"OMP_NUM_THREADS=2 timeout 60 {sys.executable}"
+    records = log(out)[1:]
+    assert [r["step"] for r in records] == [4, 8, 12]
+    assert records[-1]["val_loss"] < records[0]["val_loss"] < math.log(400) + 0.1
+    assert 0 < records[-1]["gate_mean"][0] < 1 and 0 < records[-1]["rows_touched"][0] <= 1
+    # one dies while the others have long to go
+    (out / "large" / "ckpt.pt").write_bytes(b"")
+    argv = shlex.join([*corpus, *TINY, "--steps", "50000", "--out_dir", str(out)])
+    limit = f"OMP_NUM_THREADS=2 timeout 300 {sys.executable}"
     said = one_error(shell(f"{limit} train.py --resume {argv}"))
     assert "large/ckpt.pt is not a readable checkpoint" in said
 
 
 def test_killed_run_resumes_exactly(corpus, tmp_path):
-    """kill -9, then --resume: another data order, fresh moments or a broken checkpoint."""
-    argv = [*corpus, *TINY, "--model", "engram", "--steps", "200", "--eval_every", "10"]
-    path = tmp_path / "a" / "engram" / "ckpt.pt"
-    with started("train.py", *argv, "--out_dir", tmp_path / "a"):
-        wait_until(path.exists, 120)
-    assert 10 <= load_checkpoint(path)[0]["step"] < 200, "killed too late"
-    run(train, *argv, "--out_dir", tmp_path / "a", "--resume")
-    run(train, *argv, "--out_dir", tmp_path / "b")
-    assert same_run(tmp_path / "a", tmp_path / "b")
-    assert len(log(tmp_path / "a")[0]["resumed"]) == 1
+    """kill -9, then --resume with the table elsewhere: another data order, fresh moments, a
+    broken checkpoint; rows read before their update, or the gradient of other rows."""
+    argv = [*corpus, *TINY, "--model", "engram", "--engram_blocks", "0", "1", "--steps", "100",
+            "--eval_every", "10", "--table"]
+    for where in ("resident", "host"):
+        run(train, *argv, where, "--out_dir", tmp_path / where)
+    for first, then in (("host", "resident"), ("resident", "host")):
+        out = tmp_path / f"{first} then {then}"
+        path = out / "engram" / "ckpt.pt"
+        with started("train.py", *argv, first, "--out_dir", out):
+            wait_until(path.exists, 300)
+        assert 10 <= load_checkpoint(path)[0]["step"] < 100, "killed too late"
+        run(train, *argv, then, "--out_dir", out, "--resume")
+    for out in tmp_path.iterdir():
+        assert same_run(out, tmp_path / "resident"), out
 
 
 @pytest.mark.parametrize("flags", [
     "--engram_gate off --engram_conv_kernel 0", "--engram_orders 1",
-    "--engram_stop_at_eot --no-engram_bias --engram_gate plain",
+    "--engram_stop_at_eot --no-engram_bias --engram_gate plain --engram_rows 1",
     "--no-engram_compress --engram_blocks 0 1 --n_expert 6", "--model moe --n_expert 0",
-    "--model moe --n_layer 1", "--model moe --n_expert 2",
-    "--engram_rows 1 --engram_seed 9"])
-def test_variants_train(corpus, tmp_path, capsys, flags):
-    """A parameter without a gradient, a twin that cannot be paid, false twins."""
+    "--model moe --n_layer 1", "--model moe --n_expert 2"])
+def test_variants_train(corpus, tmp_path, flags):
+    """A parameter without a gradient, a twin that cannot be paid."""
     run(train, *corpus, *TINY, "--steps", 4, "--rho", 0.3, "--out_dir", tmp_path,
         *flags.split())
-    before = capsys.readouterr().out.split(" step ")[0]
-    assert ("rows were given" in before) == ("--engram_rows" in flags)
 
 
-def test_more_steps_on_resume(corpus, tmp_path, refused):
-    """Longer training refused as another run; a changed model or order of data accepted."""
+def test_resume_takes_what_fits(corpus, tmp_path, refused, monkeypatch):
+    """Longer training refused; a model, an order of data, a tokenizer or a hash accepted
+    that is not the checkpoint's; half a file; NaNs trained on, or saved over it."""
     argv = [*corpus, *TINY, "--model", "engram", "--out_dir", tmp_path]
+    again = [run, train, *argv, "--resume"]
+    path, right = tmp_path / "engram" / "ckpt.pt", Engram.hash
+    refused("nothing to resume", *again)
     run(train, *argv)
-    run(train, *argv, "--resume", "--steps", 20, "--batch_size", 4, "--eval_every", 5,
-        "--table", "host")
+    refused("--resume", run, train, *argv)
+    run(*again[1:], "--steps", 20, "--batch_size", 4, "--eval_every", 5, "--table", "host")
     header, *records = log(tmp_path)
     assert [r["step"] for r in records] == [4, 8, 12, 15, 20]
     assert header["config"]["steps"] == 20 and header["resumed"][0]["steps_before"] == 12
     for flag, value in (("steps", 12), ("n_embd", 32), ("engram_heads", 4), ("seed", 1)):
-        refused(f"{flag} (", run, train, *argv, "--resume", f"--{flag}", value)
-
-
-def test_accumulation_and_evaluation_do_not_change_training(corpus, tmp_path):
-    """Evaluation that draws training's random numbers, or leaves it in eval mode."""
-    ends = []
-    for flags in ((), ("--eval_every", 12), ("--batch_size", 1)):
-        out = tmp_path / str(len(ends))
-        run(train, *corpus, *TINY, "--model", "engram", "--out_dir", out, *flags)
-        ends.append(log(out)[-1]["val_loss"])
-    assert ends[0] == ends[1] and ends[0] == pytest.approx(ends[2], abs=1e-4)
-
-
-def test_infinite_loss_keeps_the_checkpoint(corpus, tmp_path, refused, monkeypatch):
-    """A run that trains NaNs, or overwrites the last good checkpoint with them."""
-    schedule = train.learning_rate
-    monkeypatch.setattr(train, "learning_rate",
-                        lambda step, cfg: schedule(step, cfg) if step < 6 else math.inf)
-    refused("step 7", run, train, *corpus, *TINY, "--model", "moe", "--out_dir", tmp_path)
-    assert load_checkpoint(tmp_path / "moe" / "ckpt.pt")[0]["step"] == 4
+        refused(f"{flag} (", *again, f"--{flag}", value)
+    whole, saved = path.read_bytes(), load_checkpoint(path)[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "learning_rate", lambda step, cfg: math.inf)
+        refused("step 21", *again, "--steps", 30)
+        assert path.read_bytes() == whole
+        patch.setattr(Engram, "hash", lambda self, *args: right(self, *args) // 2)
+        refused("another hash", *again)
+    saved["run"]["tokenizer"] = "0" * 64
+    torch.save(saved, path)
+    refused("tokenizer (000", *again)
+    for broken in (whole[:len(whole) // 2], b"not a checkpoint"):
+        path.write_bytes(broken)
+        refused("not a readable checkpoint", *again)
 
 
 @pytest.mark.parametrize("writer", [lambda file: file.write(bytes(99999)),
@@ -657,54 +551,31 @@ def test_what_was_there_is_kept(tmp_path, refused, writer):
     assert [p.name for p in tmp_path.iterdir()] == ["a"] and path.read_text() == "before"
 
 
-def test_checkpoints_that_do_not_fit_are_refused(corpus, tmp_path, refused, monkeypatch):
-    """Resuming from another tokenizer's, half a file or none; a hash that has changed."""
-    argv = [*corpus, *TINY, "--model", "engram", "--out_dir", tmp_path]
-    again = [run, train, *argv, "--resume"]
-    path, right = tmp_path / "engram" / "ckpt.pt", Engram.hash
-    refused("nothing to resume", *again)
-    run(train, *argv)
-    refused("--resume", run, train, *argv)
-    with monkeypatch.context() as patch:
-        patch.setattr(Engram, "hash", lambda self, *args: right(self, *args) // 2)
-        refused("another hash", *again)
-    whole, saved = path.read_bytes(), load_checkpoint(path)[0]
-    saved["run"]["tokenizer"] = "0" * 64
-    torch.save(saved, path)
-    refused("tokenizer (000", *again)
-    for broken in (whole[:len(whole) // 2], b"", b"not a checkpoint"):
-        path.write_bytes(broken)
-        refused("not a readable checkpoint", *again)
-
-
 @pytest.mark.parametrize("script, flags, word", [
     (train, "--no_such_flag 1", "unrecognized"), (train, "--lr nan", "lr nan"),
-    (train, "--n_head 3", "2 * n_head"), (train, "--batch_size 3", "batch_size * block"),
-    (train, "--engram_blocks 7", "blocks 0 to 1"), (train, "--conv_in 2", "blocks 0 to 1"),
-    (train, "--steps 0", "at least 1"), (train, f"--seed {2 ** 63}", "at most"),
+    (train, "--n_head 3", "2 * n_head"), (train, "--engram_blocks 7", "blocks 0 to 1"),
     (train, "--engram_orders 3 2", "increasing"), (train, "--rho 0.9", "no row"),
-    (train, "--top_k 9", "n_expert"), (train, "--n_expert 0", "need experts"),
     (train, "--device mps", "--device cpu"), (train, "--dataset no", "not prepared"),
     (train, "--block_size 50000 --tokens_per_step 100000", "block_size"),
-    (train, "--engram_rows 9999999999", "GB"),
-    (sample, "--model dense", "invalid choice"), (sample, "--model moe --memory", "has none"),
-    (sample, "--png a.png", "needs"), (sample, "--max_new_tokens 0", "nothing to do"),
-    (sample, "--temperature nan", "nan"), (sample, f"--seed {2 ** 63}", "seed"),
-    (sample, "--device no", "not usable"), (sample, "--prompt FILE:no", "No such file"),
+    (train, "--engram_rows 9999999999", "GB"), (train, "--compile", "C++ compiler"),
+    (sample, "--model moe --memory", "has none"), (sample, "--png a.png", "needs"),
+    (sample, "--max_new_tokens 0", "nothing to do"), (sample, "--temperature nan", "nan"),
     (sample, f"--prompt FILE:{HERE / 'test_vectors.npz'}", "utf-8"),
-    (bench_offload, "--link_gbps nan", "gbps"), (bench_offload, "--rounds 1", "rounds")])
-def test_usual_mistakes(corpus, trained, tmp_path, refused, script, flags, word):
+    (bench_offload, "--link_gbps nan", "gbps"), (prepare_data, "--vocab_size 256", "257"),
+    (prepare_data, "pyhton", "python, tinystories"), (prepare_data, ".", "a folder"),
+    (prepare_data, f"{__file__} --max_mb 1", "--max_mb 1"),
+    (prepare_data, f"{__file__} --name python", "--name python")])
+def test_usual_mistakes(corpus, trained, tmp_path, refused, monkeypatch, script, flags, word):
     """A traceback, a wall of usage, or a run that ignores what was asked."""
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     argv = {train: [*corpus, *TINY, "--out_dir", tmp_path], sample: ["--out_dir", trained],
-            bench_offload: ["--out", tmp_path]}[script]
-    refused(word, run, script, *argv, *flags.split())
+            bench_offload: ["--out", tmp_path], prepare_data: ["--data_dir", tmp_path]}
+    refused(word, run, script, *argv[script], *flags.split())
 
 
 def shell(command):
-    """Run a command of the shell in which `python` is ours."""
-    ours = f'python() {{ "{sys.executable}" "$@"; }}; '
-    return subprocess.run(["bash", "-c", ours + command], capture_output=True, text=True,
-                          cwd=HERE)
+    """Run a command of the shell in our folder."""
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=HERE)
 
 
 def one_error(done):
@@ -713,16 +584,6 @@ def one_error(done):
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert len(errors) == 1, done.stderr
     return errors[0]
-
-
-def test_more_mistakes(corpus, tmp_path, refused, monkeypatch):
-    """An out_dir that is a file, a missing compiler."""
-    file, argv = tmp_path / "file", [*corpus, *TINY, "--out_dir"]
-    file.touch()
-    assert "file" in one_error(shell(f"python train.py {shlex.join(argv)} {file}"))
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    refused("C++ compiler", run, train, *argv, tmp_path, "--compile")
 
 
 @contextmanager
@@ -738,28 +599,29 @@ def started(*command):
             child.kill()
 
 
-@pytest.mark.parametrize("threads", ["1", "2"])
-def test_ctrl_c_shows_how_to_continue(corpus, tmp_path, monkeypatch, threads):
-    """A traceback, another exit code than 130, a command that does not resume; with two
-    threads, models side by side: a process that trains on."""
-    monkeypatch.setenv("OMP_NUM_THREADS", threads)
-    argv = [*corpus, *TINY, "--steps", "3000", "--out_dir", str(tmp_path)]
+def test_ctrl_c_shows_how_to_continue(corpus, tmp_path, monkeypatch):
+    """A traceback, another exit code than 130, a command that does not resume; a model side
+    by side, or a worker that reads its table, that goes on."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    argv = [*corpus, *TINY, "--table", "host", "--steps", "3000", "--out_dir", str(tmp_path)]
     with started("train.py", *argv) as stopped:
-        wait_until((tmp_path / "moe" / "ckpt.pt").exists, 120)
+        wait_until((tmp_path / "moe" / "ckpt.pt").exists, 300)
         stopped.send_signal(signal.SIGINT)
         # the pipes close when the last process has ended
-        said = stopped.communicate(timeout=60)[1]
+        said = stopped.communicate(timeout=300)[1]
     assert stopped.returncode == 130 and "Traceback" not in said
     with started(*said.strip().partition("continue with: python ")[2].split()):
-        wait_until(lambda: "resumed" in log(tmp_path, "moe")[0], 120)
-    assert "resumed" in log(tmp_path, "moe")[0]
+        wait_until(lambda: "resumed" in log(tmp_path, "moe")[0], 300)
 
 
-def test_runs_that_are_no_twins(trained, tmp_path):
-    """An old run of another shape compared as a twin; a share off by an evaluation."""
+def test_runs_that_are_no_twins(corpus, trained, tmp_path):
+    """An old run of another shape compared as a twin; a share off by an evaluation; a log
+    that was cut short and is not written again."""
     out = shutil.copytree(trained, tmp_path / "out")
-    assert "Engram minus its twin" in "".join(runs.compare(out))
     path = out / "moe" / "log.jsonl"
+    path.write_text("{")
+    run(train, *corpus, *TINY, "--out_dir", out, "--resume")
+    assert "larger table" in runs.compare(out)[-2]
     whole, p_tot = path.read_text(), log(out, "moe")[0]["accounting"]["P_tot"]
     for old, new in (('"n_layer": 2', '"n_layer": 3'), ('"seed": 0,', '"seed": 1,'),
                      (f'"P_tot": {p_tot}', f'"P_tot": {2 * p_tot}')):
@@ -769,51 +631,30 @@ def test_runs_that_are_no_twins(trained, tmp_path):
     assert [runs.crossing(records, loss) for loss in (4, 6, 1)] == [15, 10, None]
 
 
-# ---- several processes -----------------------------------------------------------------
-
-def ranks(n, *argv):
-    """Run train.py as n processes."""
-    torchrun = f"python -m torch.distributed.run --standalone --nproc_per_node={n}"
-    return shell(f"{torchrun} train.py {shlex.join(map(str, argv))}")
-
-
 def test_ranks_train_as_one_process(corpus, tmp_path):
     """A gradient that is not averaged, rows that get lost or are updated twice, experts that
-    are balanced by one rank's load; a checkpoint that another number cannot resume."""
-    argv = [*corpus, *TINY, "--model", "engram", "--engram_blocks", 0, 1, "--batch_size", 1,
-            "--tokens_per_step", 192, "--device", "cpu"]
-
-    def weights(*runs):
-        """Train in turn, as so many processes, up to so many steps."""
-        out = tmp_path / str(len(list(tmp_path.iterdir())))
-        for n, where, steps in runs:
-            flags = [*argv, "--table", where, "--steps", steps, "--out_dir", out]
-            flags += ["--resume"] * out.exists()
+    are balanced by one rank's load; a checkpoint that another number cannot resume; an error
+    that every rank prints."""
+    torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node"
+    argv = [*corpus, *TINY, "--model", "engram", "--engram_blocks", 0, 1, "--device", "cpu"]
+    said = shell(f"{torchrun} 3 train.py {shlex.join(map(str, argv))}").stderr
+    assert said.count("processes * batch_size") == 1
+    argv += ["--tokens_per_step", 192]
+    weights = []
+    for numbers in ((1, 1, 1), (1, 3, 2)):
+        out = tmp_path / str(sum(numbers))
+        for n, where, steps in zip(numbers, ("host", "host", "resident"), (4, 8, 12)):
+            # one process adds up micro-batches, where several share a step
+            flags = [*argv, "--batch_size", 3 // n, "--table", where, "--steps", steps]
+            flags += ["--out_dir", out] + ["--resume"] * out.exists()
             if n == 1:
                 run(train, *flags)
             else:
-                done = ranks(n, *flags)
+                done = shell(f"{torchrun} {n} train.py {shlex.join(map(str, flags))}")
                 assert done.returncode == 0 and done.stdout.count("training tokens") == 1
-        return load_checkpoint(out / "engram" / "ckpt.pt")[1].state_dict()
-
-    one = weights((1, "host", 6), (1, "host", 8), (1, "host", 12))
-    for others in (weights((2, "host", 6), (1, "host", 8), (2, "resident", 12)),
-                   weights((3, "host", 6), (3, "host", 8), (1, "host", 12))):
-        for key, want in one.items():
-            torch.testing.assert_close(others[key], want, rtol=0, atol=5e-4)
-
-
-def test_a_rank_that_dies_ends_the_others(corpus, tmp_path):
-    """Processes that wait for ever; an error that every rank prints."""
-    argv = [*corpus, *TINY, "--model", "engram", "--out_dir", tmp_path, "--device", "cpu"]
-    assert ranks(3, *argv).stderr.count("processes * batch_size") == 1
-    command = "-m torch.distributed.run --standalone --nproc_per_node=2 train.py".split()
-    with started(*command, *map(str, argv), "--steps", "100000") as torchrun:
-        wait_until((tmp_path / "engram" / "ckpt.pt").exists, 120)
-        children = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True)
-        os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
-        torchrun.communicate(timeout=60)
-    assert torchrun.returncode == 1
+        weights.append(load_checkpoint(out / "engram" / "ckpt.pt")[0]["model"])
+    for one, several in zip(*(w.values() for w in weights), strict=True):
+        torch.testing.assert_close(several, one, rtol=0, atol=5e-4)
 
 
 # ---- where the table lives -------------------------------------------------------------
@@ -840,47 +681,26 @@ def test_offloaded_is_resident_bit_for_bit(prefetch, refused, monkeypatch):
     refused("other rows", check_rows, model, idx)
 
 
-def test_offloaded_training_is_resident_training_bit_for_bit(corpus, tmp_path, monkeypatch):
-    """A gradient for other rows, moments lost in a move, a read before the update."""
-    argv = [*corpus, *TINY, "--model", "engram", "--engram_blocks", 0, 1, "--steps", 20,
-            "--eval_every", 10]
-    for where in ("resident", "host"):
-        run(train, *argv, "--table", where, "--out_dir", tmp_path / where)
-    schedule = train.learning_rate
-
-    def stop(step, cfg):
-        if step == 13:
-            raise KeyboardInterrupt
-        return schedule(step, cfg)
-
-    for first, then in (("host", "resident"), ("resident", "host")):
-        out = tmp_path / f"{first} then {then}"
-        with monkeypatch.context() as patch, pytest.raises(SystemExit):
-            patch.setattr(train, "learning_rate", stop)
-            run(train, *argv, "--table", first, "--out_dir", out)
-        run(train, *argv, "--table", then, "--out_dir", out, "--resume")
-    for out in tmp_path.iterdir():
-        assert same_run(out, tmp_path / "resident"), out
-
-
-def fetch_by(model, fetch):
-    for engram in model.engrams():
-        engram.fetch = fetch
-    return fetch
-
-
 def test_reads_start_early_and_do_not_mix():
-    """A prefetch that begins too late; a buffer used again before it is read."""
+    """A prefetch that begins too late; a buffer used again before it is read; a hang, or a
+    silent empty row, where the worker fails."""
     class Slow(Fetch):
-        begun = 0
+        begun, works = 0, True
 
         def gather(self, *args):
             self.begun += 1
             time.sleep(0.05)
+            if not self.works:
+                raise OSError("the disk does not answer")
             return super().gather(*args)
 
+    def fetch_by(fetch):
+        for engram in model.engrams():
+            engram.fetch = fetch
+        return fetch
+
     model, idx = tiny_gpt(), torch.randint(VOCAB, (1, 4))
-    slow = fetch_by(model, Slow())
+    slow = fetch_by(Slow())
     for n, _ in zip(range(2, 8), generate(model, idx, 20), strict=False):
         wait_until(lambda n=n: slow.begun >= 2 * n)       # two layers; one read ahead
         assert slow.begun == 2 * n
@@ -889,34 +709,16 @@ def test_reads_start_early_and_do_not_mix():
     reads = [engram.read(r) for r in rows]
     for r, read in reversed(list(zip(rows, reads, strict=True))):
         assert torch.equal(lookup(read), engram.table[r].flatten(2))
-    slow = fetch_by(model, Slow(prefetch=False))
+    slow.works = False
+    with pytest.raises(OSError, match="does not answer"):
+        model(idx)
+    slow = fetch_by(Slow(prefetch=False))
     reads = model.read(idx)
     time.sleep(0.1)
     assert slow.begun == 0
     for _ in range(2):
         model(idx, reads=reads)
     assert slow.begun == 2                                # once a read
-
-
-def test_a_worker_that_fails():
-    """A hang, a silent empty row, or a thread that outlives its model."""
-    class Broken(Fetch):
-        def gather(self, *args):
-            raise OSError("the disk does not answer")
-
-    before, model, idx = threading.enumerate(), tiny_gpt(), torch.randint(VOCAB, (1, 4))
-    want = model(idx)[0]
-    fetch_by(model, Broken())
-    with pytest.raises(OSError, match="does not answer"):
-        model(idx)
-    fetch_by(model, Fetch())
-    assert torch.equal(model(idx)[0], want)
-    started = set(threading.enumerate()) - set(before)
-    assert started
-    del model
-    gc.collect()
-    wait_until(lambda: not started & set(threading.enumerate()))
-    assert not started & set(threading.enumerate())
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -933,11 +735,6 @@ def test_offloaded_on_a_gpu(prefetch):
         with torch.no_grad():
             losses[where] = torch.stack([model(x.cuda(), x.cuda())[1] for x in ids])
     torch.testing.assert_close(losses["host"], losses["resident"], rtol=0, atol=1e-5)
-    x = ids[0].cuda()
-    reads = model.read(x)
-    model(x, x, reads)[1].backward()
-    RowAdam([engram.table for engram in model.engrams()]).step(reads, 0.1)
-    assert all(read.leaf.is_cuda for read in reads)
     assert not any(engram.table.is_cuda for engram in model.engrams())
 
 
@@ -946,7 +743,7 @@ def test_train_on_a_gpu(corpus, tmp_path):
     """A tensor left on the CPU, a state that resumes on the wrong device."""
     argv = [*corpus, *TINY, "--preset", "laptop", "--device", "cuda", "--dtype", "bfloat16"]
     run(train, *argv, "--out_dir", tmp_path)
-    run(train, *argv, "--out_dir", tmp_path, "--resume", "--steps", 16)
+    run(train, *argv, "--out_dir", tmp_path, "--resume", "--steps", 16, "--table", "host")
     assert log(tmp_path)[-1]["val_loss"] < math.log(400)
 
 
@@ -954,26 +751,38 @@ def test_train_on_a_gpu(corpus, tmp_path):
 
 @pytest.fixture
 def look(trained, capsys):
-    """look(*argv): what sample.py prints, out and err."""
+    """look(*argv): what sample.py prints."""
     def printed(*argv):
         capsys.readouterr()
         run(sample, "--out_dir", trained, *argv)
-        return capsys.readouterr()
+        return capsys.readouterr().out
     return printed
 
 
-def test_sampling(look):
-    """Flags that change nothing, samples that cannot be repeated one by one."""
+def test_sampling(trained, look, tmp_path):
+    """Flags that change nothing, samples that cannot be repeated one by one; a prompt cut at
+    its end, a file read as its name, a marker as characters."""
     texts = {}
     for flags in ("", "--seed 1", "--num_samples 2", "--temperature 0", "--top_k 1",
                   "--max_new_tokens 5", "--temperature 0.8", "--model large"):
-        texts[flags] = look("--prompt", "w1 w2", *flags.split()).out
+        texts[flags] = look("--prompt", "w1 w2", *flags.split())
         assert texts[flags].startswith("w1 w2")
     assert len(set(texts.values())) == len(texts) - 1
     assert texts["--num_samples 2"] == texts[""] + "-" * 20 + "\n" + texts["--seed 1"]
     assert texts["--temperature 0"] == texts["--top_k 1"]
     assert texts[""].startswith(texts["--max_new_tokens 5"][:-1])
-    assert torch.get_num_threads() == 1
+    saved, model = load_checkpoint(trained / "engram" / "ckpt.pt")
+    enc = prepare_data.encoding(saved["tokenizer"])
+    text, file = "w1 w3 " * 60, tmp_path / "a.txt"
+    file.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    ids = prepare_data.encode_text(enc, text)[-32:]
+    pairs = sample.complete(model, enc, ids, max_new_tokens=50, temperature=0.5)
+    want = enc.decode(ids) + "".join(part for _, part in pairs) + "\n"
+    assert look("--prompt", f"FILE:{file}", "--max_new_tokens", 50) == want
+    assert sample.prompt_tokens(f"w1{EOT}w2", enc, 32).count(enc.eot_token) == 2
+    assert look("--prompt", EOT) == look()
+    blanks = " " * 1_000_000                     # more than tiktoken takes at once
+    assert enc.decode(prepare_data.encode_text(enc, blanks)) == blanks
 
 
 def test_text_is_streamed_in_whole_characters(monkeypatch):
@@ -1010,23 +819,6 @@ def test_beyond_the_context_is_going_on_by_hand(length, memory):
     assert new == made
 
 
-def test_prompts(trained, look, tmp_path):
-    """A prompt cut at its end, a file read as its name, a marker as characters."""
-    saved, model = load_checkpoint(trained / "engram" / "ckpt.pt")
-    enc = prepare_data.encoding(saved["tokenizer"])
-    text, file = "w1 w3 " * 60, tmp_path / "a.txt"
-    file.write_bytes(b"\xef\xbb\xbf" + text.encode())
-    ids = prepare_data.encode_text(enc, text)[-32:]
-    long = look("--prompt", f"FILE:{file}", "--max_new_tokens", 50)
-    pairs = sample.complete(model, enc, ids, max_new_tokens=50, temperature=0.5)
-    assert long.out == enc.decode(ids) + "".join(part for _, part in pairs) + "\n"
-    assert "the last 32 are kept" in long.err
-    assert sample.prompt_tokens(f"w1{EOT}w2", enc, 32).count(enc.eot_token) == 2
-    assert look("--prompt", EOT).out == look().out
-    blanks = " " * 1_000_000                     # more than tiktoken takes at once
-    assert enc.decode(prepare_data.encode_text(enc, blanks)) == blanks
-
-
 def test_values_stand_beside_their_tokens(trained, look):
     """A sign turned round, a value beside the wrong token."""
     saved, model = load_checkpoint(trained / "engram" / "ckpt.pt")
@@ -1040,14 +832,11 @@ def test_values_stand_beside_their_tokens(trained, look):
                    for reads in (None, []))
     gates = seen[0]["gate"][0][0][1:]
     for flag, values in (("--gates", gates), ("--memory", off - on)):
-        printed = look(*argv, "--max_new_tokens", 8, flag).out
+        printed = look(*argv, "--max_new_tokens", 8, flag)
         shown = [f"{enc.decode([i])}[{v:+.2f}]" for i, v in zip(ids[1:], values.tolist())]
         # a line break is shown too, and a number stands before it
         assert "".join(shown).replace("\n", "") in re.sub("[\u21b5\n]", "", printed)
-    line = re.search("^.*nats saved in all", printed, re.M)[0]
-    said = [float(number) for number in re.findall(r"[-+]?\d+\.\d+", line)]
-    want = [on.mean().item(), off.mean().item(), (off - on).sum().item()]
-    assert said == pytest.approx(want, abs=0.006)
+    assert f"{(off - on).sum():+.2f} nats saved in all" in printed
 
 
 def test_writing_a_fact(trained, look):
@@ -1075,30 +864,23 @@ def test_writing_a_fact(trained, look):
 
 @pytest.mark.filterwarnings("error")
 def test_shades_and_their_picture(look, tmp_path):
-    """Text lost between the colours, a number that reads as text, a long line cut."""
+    """Text lost between the colours, a number that reads as text, a sign that is a formula."""
     tokens = [("def", 1.0, 0.5), (" f\u21b5\n\u21b5\n  ", -0.5, -1), ("x", 0.0, 0)]
     plain = "def[+1.00] f\u21b5[-0.50]\n\u21b5\n  x[+0.00]"
     assert sample.shaded(tokens, colour=False) == plain
     coloured = sample.shaded(tokens, colour=True)
     assert re.sub("\x1b.*?m", "", coloured) == re.sub(r"\[.*?\]", "", plain)
     assert "48;2;168;202;255m" in coloured and sample.tint(-1) == (255, 190, 110)
-    path, heights = tmp_path / "a.png", []
-    said = look("--prompt", "$x_1", "--memory", "--png", path, "--max_new_tokens", 60).err
-    assert path.exists() and "only its last 31 tokens" in said
-    for text in ("x" * 96, "x" * 97, "$x_1\nb\nc"):
-        sample.draw([(text, 2.0, 1.0)], "title", path)
-        picture = matplotlib.image.imread(path)[..., :3]
-        heights.append(len(picture))
-        blue = np.isclose(picture, np.array([80, 150, 255]) / 255, atol=0.01).all(-1)
-        assert blue.sum() > 150 * len(text)
-    assert heights == sorted(set(heights))
+    path = tmp_path / "a.png"
+    look("--prompt", "$x_1$", "--memory", "--png", path, "--max_new_tokens", 60)
+    assert path.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_checkpoint_is_the_file_of_the_table(trained, look, tmp_path, refused):
     """--table disk: a table copied into memory or written to, a file cut short and read."""
     path, copy = trained / "engram" / "ckpt.pt", tmp_path / "engram" / "ckpt.pt"
     before, places = path.read_bytes(), ("resident", "host", "disk")
-    texts = {look("--table", where, "--memory").out for where in places}
+    texts = {look("--table", where, "--memory") for where in places}
     assert len(texts) == 1 and path.read_bytes() == before
     # the table lies in the part of memory that is mapped from the file
     model = load_checkpoint(path, map_file=True)[1]
@@ -1106,19 +888,14 @@ def test_the_checkpoint_is_the_file_of_the_table(trained, look, tmp_path, refuse
     for line in open("/proc/self/maps"):
         low, high = (int(end, 16) for end in line.split()[0].split("-"))
         assert not low <= start < high or str(path) in line
-    saved = torch.load(path, weights_only=True)
-    saved["model"].pop("embed.weight")
     copy.parent.mkdir()
-    torch.save(saved, copy)
-    for content in (copy.read_bytes(), before[:-100], before[:len(before) // 2]):
-        copy.write_bytes(content)
-        refused("not a readable checkpoint", run, sample, "--out_dir", tmp_path,
-                "--table", "disk")
+    copy.write_bytes(before[:-100])
+    refused("not a readable", run, sample, "--out_dir", tmp_path, "--table", "disk")
 
 
 def test_an_output_that_takes_no_more(trained):
     """A traceback or an error in the pipe to head, silence on a full disk."""
-    command = f"python sample.py --out_dir {trained} --max_new_tokens 5"
+    command = f"{sys.executable} sample.py --out_dir {trained} --max_new_tokens 5"
     closed = shell(f"{command} --num_samples 2000 | head -n1; exit ${{PIPESTATUS[0]}}")
     assert closed.returncode == 141 and closed.stdout.count("\n") == 1
     assert "error" not in closed.stderr and "Traceback" not in closed.stderr
@@ -1163,8 +940,8 @@ def naive_bpe(text, n_merges):
     return tokens, words
 
 
-def test_bpe_is_the_naive_one_and_tiktoken_runs_it(monkeypatch):
-    """Counts that drift, ties by hash order, long words that are lost."""
+def test_bpe_is_the_naive_one_and_tiktoken_runs_it():
+    """Counts that drift, ties by hash order, a text too short for so many merges."""
     text = CODE_TEXT + "".join(random.Random(0).choices("aaabbcd \n\u20ac", k=9000))
     tokens, words = naive_bpe(text, 150)
     assert prepare_data.train_bpe([text], 150) == tokens and len(tokens) == 406
@@ -1176,12 +953,6 @@ def test_bpe_is_the_naive_one_and_tiktoken_runs_it(monkeypatch):
         assert [of_id[i] for i in enc.encode_ordinary(word)] == parts
     for odd in ["\x00\ud7ff\U0001f600 e\u0301\r\n\t", EOT, *map(chr, range(1, 3000))]:
         assert enc.decode_bytes(enc.encode_ordinary(odd)) == odd.encode()
-    text = CODE_TEXT + "y" * 99
-    ordinary = Counter(regex.findall(prepare_data.PATTERN, text))
-    counts = prepare_data.count_words([text, "x" * 10_000])
-    assert counts == ordinary + Counter({"x" * 20: 500})
-    monkeypatch.setattr(prepare_data, "MAX_WORDS", 5)
-    assert prepare_data.count_words([text]) == dict(ordinary.most_common(5))
 
 
 def test_prepared_text_round_trip(prepared):
@@ -1200,16 +971,16 @@ def test_prepared_text_round_trip(prepared):
     assert in_prompt[:3000] == bins[0][:3000].tolist()
 
 
-@pytest.mark.parametrize("size, block_size", [(1_000_000, 256), (3_000, 64), (500, 8)])
-@pytest.mark.parametrize("letters", ["ACGT", "\u7684\u4e00\u662f\u4e0d\u4e86", "!?.,;", " "])
+@pytest.mark.parametrize("letters, size, block_size", [
+    ("ACGT", 1_000_000, 256), ("\u7684\u4e00\u662f\u4e0d\u4e86", 1_000_000, 256),
+    ("!?.,;", 3_000, 64), (" ", 1_000_000, 256), (" ", 500, 8)])
 def test_odd_and_small_texts(tmp_path, letters, size, block_size, monkeypatch):
     """Half an hour of merging in one word of a million letters; text that is lost; too
     little of it for validation."""
     monkeypatch.setattr(prepare_data, "MAX_WORDS", 3_000)
-    text, began = "".join(random.Random(0).choices(letters, k=size)), time.time()
+    text = "".join(random.Random(0).choices(letters, k=size))
     (tmp_path / "t.txt").write_text(text)
     run(prepare_data, tmp_path / "t.txt", "--data_dir", tmp_path)
-    assert time.time() - began < 60
     meta, *bins = prepare_data.load("t", tmp_path)
     enc = prepare_data.encoding(meta["tokenizer"])
     train, val = (enc.decode(list(ids)).replace(EOT, "") for ids in bins)
@@ -1220,12 +991,13 @@ def test_odd_and_small_texts(tmp_path, letters, size, block_size, monkeypatch):
 
 
 def test_documents(tmp_path, monkeypatch):
-    """A character or marker cut, a byte order mark kept, a long document lost."""
-    docs = ["\u20ac" * 50 + "\n" + CODE_TEXT[:700], "\nsecond\n", "x" * 900, "last"]
+    """A character or marker cut, a byte order mark kept, a long document or half a character
+    of JSON that ends it all."""
+    docs = ["\u20ac" * 50 + CODE_TEXT[:700], *["\nsecond?\n" * 3] * 9, "x" * 900, "last"]
     plain, dos, lines = (tmp_path / name for name in ("plain", "dos", "t.jsonl"))
     plain.write_text(f"{EOT}\n".join(docs))
     dos.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes().replace(b"\n", b"\r\n"))
-    objects = [json.dumps({"id": 1, "text": doc}) for doc in docs]
+    objects = [json.dumps({"id": 1, "text": doc}).replace("?", "\\ud800") for doc in docs]
     lines.write_text("\r\n".join(objects) + "\n\n")
     for path in (plain, dos, lines):
         assert [text for text in prepare_data.documents([path]) if text] == docs
@@ -1235,63 +1007,35 @@ def test_documents(tmp_path, monkeypatch):
         assert "".join(parts) == "".join(docs) and len(parts) > len(docs)
 
 
-def test_python_corpus(tmp_path):
+def test_python_corpus():
     """A cap passed or filled by one package, a directory in both splits."""
-    run(prepare_data, "--max_mb", 2, "--vocab_size", 512, "--data_dir", tmp_path)
-    meta, ids, _ = prepare_data.load("python", tmp_path)
-    size = meta["train"]["bytes"] + meta["val"]["bytes"]
-    assert 1e6 < size <= 2e6 and 0.01 < meta["val"]["bytes"] / size < 0.12
-    assert ids.max() < 512
-    files, folders, of_package = prepare_data.python_files(), [set(), set()], Counter()
+    files = prepare_data.python_files()
     known = {path: (package, n) for _, package, _, path, n in files}
+    folders, of_split, of_package = [set(), set()], Counter(), Counter()
     for split, path in prepare_data.choose(files, 2):
-        folders[split].add(path.parent)
         package, n = known[path]
+        folders[split].add(path.parent)
+        of_split[split] += n
         of_package[package] += n
     assert not folders[0] & folders[1]
+    assert 1e6 < of_split.total() <= 2e6 and 0.01 < of_split[1] / of_split.total() < 0.12
     assert len(of_package) > 20 and max(of_package.values()) < 2e5
 
 
-@pytest.mark.parametrize("kilobytes", [0, 6])
-def test_a_full_disk_leaves_what_was_there(prepared, kilobytes):
-    """A traceback, half a file, or the old data gone. The limit stands for the disk."""
+def test_what_is_not_whole_does_not_load(prepared, monkeypatch, refused):
+    """A truncated file (SIGBUS), half a file that looks whole; the old data gone early."""
     _, folder, argv = prepared
     before = {f: f.read_bytes() for f in folder.iterdir()}
-    command = shlex.join(map(str, [*argv[:-1], 290]))
-    one_error(shell(f"ulimit -f {kilobytes}; python prepare_data.py {command}"))
-    assert before == {f: f.read_bytes() for f in folder.iterdir()}
-
-
-def test_two_runs_at_once(prepared):
-    """Two runs that write into each other's files."""
-    _, folder, argv = prepared
-    command = f"python prepare_data.py {shlex.join(map(str, argv))} --name x"
-    assert shell(f"{command} & {command} && wait $!").returncode == 0
-    one, two = (prepare_data.load(name, folder.parent)[0] for name in ("x", "mine"))
-    assert one["train"] == two["train"] and one["val"] == two["val"]
-    assert len(list((folder.parent / "x").iterdir())) == 3
-
-
-def test_what_is_not_whole_does_not_load(prepared, monkeypatch, refused):
-    """A truncated file (SIGBUS), half a file that looks whole, the old data gone early."""
-    _, folder, argv = prepared
-    before, right = prepare_data.check(folder), prepare_data.write_bins
     for file, content in (("train.bin", b"\0\0"), ("val.bin", bytes(9 ** 6)),
-                          ("meta.json", b"[]"), ("meta.json", b'{"name": ')):
+                          ("meta.json", b'{"name": ')):
         (folder / file).write_bytes(content)
         refused("damaged", prepare_data.load, "mine", folder.parent)
         run(prepare_data, *argv)             # the remedy that it names works
-        assert prepare_data.load("mine", folder.parent)[0] == before
-
-    def killed(*args):
-        right(*args)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(prepare_data, "write_bins", killed)
+    monkeypatch.setattr(prepare_data, "write_bins", lambda *args: 1 / 0)
     for name in ("mine", "new"):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(ZeroDivisionError):
             run(prepare_data, *argv[:-1], 290, "--name", name)
-    assert prepare_data.load("mine", folder.parent)[0] == before
+    assert before == {f: f.read_bytes() for f in folder.iterdir()}
     refused("not prepared", prepare_data.load, "new", folder.parent)
 
 
@@ -1311,8 +1055,8 @@ class HubServer(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(part[:3000] if mood == "short" else part)
 
-    def log_message(self, *args):
-        pass
+    # not to stderr, where a mistake has one line
+    log_message = print
 
 
 @pytest.fixture
@@ -1364,49 +1108,21 @@ def test_tinystories(hub, tmp_path, monkeypatch):
     monkeypatch.setitem(prepare_data.DEFAULT_MB, "python", 1)
     name, note = prepare_data.find("auto", "cuda", new)
     assert name == "python" and "404" in note
-    assert "404" in one_error(shell(f"python prepare_data.py tinystories --data_dir {new}"))
 
 
-def test_gpt2(tmp_path):
-    """Ids or a map to canonical ids that are not GPT-2's, which the demo presupposes."""
-    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
-        pytest.skip("needs GPT-2's tokenizer in the folder that TIKTOKEN_CACHE_DIR names")
-    (tmp_path / "t.txt").write_text("Hello world\n" * 50)
-    run(prepare_data, tmp_path / "t.txt", "--data_dir", tmp_path, "--tokenizer", "gpt2")
-    meta, train_ids, _ = prepare_data.load("t", tmp_path)
-    assert meta["eot"] == 50256 and train_ids[:2].tolist() == [15496, 995]
-    ids = canonical_ids(prepare_data.token_bytes(meta["tokenizer"]))
-    assert hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest() == \
-        "648b280b8082b3868d20fef4dfd3c60f72673bafc4e5e13002744f4967b2ddae"
-
-
-def test_mistakes_in_preparing(tmp_path, refused, monkeypatch):
+def test_files_that_are_no_text(tmp_path, refused):
     """A traceback; what is no text taken for it; one data set that replaces another."""
-    ok, to = tmp_path / "ok.txt", ["--data_dir", tmp_path / "d"]
-    ok.write_text(CODE_TEXT)
-    for word, *argv in [
-            ("python, tinystories", "pyhton"), ("a folder", "."), ("no file", os.devnull),
-            ("257", "--vocab_size", 256), ("65535", "--vocab_size", 65536),
-            ("--max_mb -1", "--max_mb", -1), ("--max_mb 1", ok, "--max_mb", 1),
-            ("--name python", ok, "--name", "python"), ("--name x", "python", "--name", "x"),
-            ("no file", "python", ok), ("pyarrow", "openwebtext")]:
-        refused(word, run, prepare_data, *argv, *to)
+    to = ["--data_dir", tmp_path / "d"]
     for word, name, content in [
             ("too little", "empty", b""), ("0xff", "bad", b"abc\n" * 5 + b"\xff"),
             ("NUL", "nul", b"a\0b"), ("gzip", "zip.txt", b"\x1f\x8b"),
-            ("object", "a.jsonl", b'{"text": "a"}\n7'), ("'text'", "b.jsonl", b"{}"),
-            ("UTF-8", "late", b"a\n" * 9000 + b"\xe2\x82"), ("PDF", "a.pdf", b"%PDF-1")]:
+            ("object", "a.jsonl", b'{"text": "a"}\n7'), ("'text'", "b.jsonl", b"{}")]:
         (tmp_path / name).write_bytes(content)
         refused(word, run, prepare_data, tmp_path / name, *to)
-    (tmp_path / "half.jsonl").write_text('{"text": "\\ud800 half a character"}\n' * 99)
-    for path, name in ((tmp_path / "half.jsonl", "half"), (ok, "ok")):
-        run(prepare_data, path, *to)
-        prepare_data.load(name, tmp_path / "d")
-    (tmp_path / "ok.md").write_text(CODE_TEXT)
+    for name in ("ok.txt", "ok.md"):
+        (tmp_path / name).write_text(CODE_TEXT)
+    run(prepare_data, tmp_path / "ok.txt", *to)
     refused("--name", run, prepare_data, tmp_path / "ok.md", *to)
-    monkeypatch.setenv("HF_ENDPOINT", "somewhere")
-    with pytest.raises(prepare_data.Offline, match="somewhere"):
-        run(prepare_data, "tinystories", *to)
 
 
 def test_passes(corpus):
@@ -1427,24 +1143,19 @@ def test_passes(corpus):
 
 def test_copyable_tokens(corpus):
     """Counts of n-grams on wrong tokens, or grown by a second pass."""
+    def grams(x, y):
+        rows = np.concatenate([x, y[:, -1:]], axis=1).tolist()
+        return [list(zip(row, row[1:], row[2:])) for row in rows]
+
     data = prepare_data.Data("mine", corpus[3], 32, 4, 2000, 0, 256)
-
-    def grams(x, y, order):
-        rows = np.concatenate([x, y[:, -1:]], axis=1)
-        grams = np.lib.stride_tricks.sliding_window_view(rows, order, axis=1)
-        return [list(map(tuple, row)) for row in grams.tolist()]
-
-    trained = data.sequences(data.train, data.order[:2] * data.T)
-    for order in (2, 3):
-        times = Counter(sum(grams(*trained, order), []))
-        seen, copyable = data.count(2, order)
-        assert copyable.any()
-        slow = grams(data.val_x, data.val_y, order)
-        for row, counts, can_copy in zip(slow, seen.tolist(), copyable.tolist()):
-            assert counts == [-1] * (order - 2) + [times[gram] for gram in row]
-            repeats = [times[gram] == 0 and gram in row[:t] for t, gram in enumerate(row)]
-            assert can_copy == [False] * (order - 2) + repeats
-    assert data.passes > 2
+    trained = grams(*data.sequences(data.train, data.order[:2] * data.T))
+    times = Counter(sum(trained, []))
+    seen, copyable = (found.tolist() for found in data.count(2, 3))
+    for row, counts, can_copy in zip(grams(data.val_x, data.val_y), seen, copyable):
+        assert counts == [-1] + [times[gram] for gram in row]
+        repeats = [times[gram] == 0 and gram in row[:t] for t, gram in enumerate(row)]
+        assert can_copy == [False] + repeats
+    assert any(map(any, copyable)) and data.passes > 2
     once, twice = (data.count(n * data.sequences_per_pass, 2)[0] for n in (1, 2))
     assert once.tolist() == twice.tolist()
 
@@ -1480,16 +1191,14 @@ def test_bench(tiny_setup, tmp_path, capsys):
     """An arm or figure that is missing, a thread left behind."""
     before, path = set(threading.enumerate()), tmp_path / "offload.json"
     run(bench_offload, *"--full --rounds 6 --device cpu --out".split(), tmp_path)
-    lines, result = capsys.readouterr().out.splitlines(), json.loads(path.read_text())
+    printed, result = capsys.readouterr().out, json.loads(path.read_text())
     tables = result["prompts"] + result["others"]
-    whats = [table["what"].split(",")[0] for table in tables]
-    assert whats == ["prompts"] * 3 + ["decoding"] * 3 + ["a training step"]
+    assert len(tables) == 3 + 3 + 1
     for table in tables:
         assert list(table["arms"]) == ["no Engram", "resident", "synchronous", "prefetched"]
         assert all(len(figures["ms"]) == 6 for figures in table["arms"].values())
-        assert set(table["lines"]) <= set(lines)
+        assert "\n".join(table["lines"]) in printed and "SIMULATED" in table["lines"][1]
     assert [p["block"] for p in result["crossover"]["points"]] == [0, 1]
-    assert sum("SIMULATED" in line for line in lines) == 8
     gc.collect()
     assert set(threading.enumerate()) <= before
     # the figures in the repository can still be drawn
@@ -1497,18 +1206,6 @@ def test_bench(tiny_setup, tmp_path, capsys):
     shutil.copy(HERE / "experiments" / "results" / "offload" / "offload.json", path)
     run(bench_offload, "--plot", "--out", tmp_path)
     assert (tmp_path / "crossover.png").exists()
-
-
-def test_ctrl_c_in_the_bench(tmp_path):
-    """A hang on the worker, a traceback, a file left behind."""
-    out = tmp_path / "out"
-    with started("bench_offload.py", "--rounds", "5000", "--out", out) as bench:
-        wait_until(out.exists, 60)
-        time.sleep(2)
-        bench.send_signal(signal.SIGINT)
-        said = bench.communicate(timeout=30)[1]
-    assert said.strip().endswith("stopped") and "Traceback" not in said
-    assert bench.returncode == 130 and not list(out.iterdir())
 
 
 def test_the_readme():
