@@ -40,12 +40,12 @@ import prepare_data
 import runs
 import sample
 import train
-from engram import Engram, EngramConfig, Read, RowAdam, canonical_ids, lookup
-from model import GPT, Block, Cache, GPTConfig, accounting, generate, load_checkpoint
+from engram import Engram, EngramConfig, Read, RowAdam, canonical_ids, head_primes, lookup
+from model import GPT, Block, Cache, GPTConfig, accounting, attend, generate, load_checkpoint
 from moe import MoE
 from offload import Fetch, check_rows, place
 from prepare_data import EOT
-from twins import make_twins
+from twins import crowding, make_twins
 
 HERE = Path(__file__).resolve().parent
 VOCAB = 60
@@ -174,6 +174,21 @@ def slow_rows(module, ids, stop):
     return rows
 
 
+def test_deepseek_v41_addresses():
+    """Golden values of DeepSeek-V4.1: large tables, 4-grams, look-back that stops."""
+    cfg = EngramConfig(blocks=(1, 14), orders=(2, 3, 4), heads=8, rows=16_000_000,
+                       width=256, conv_kernel=0, stop_at_eot=True, bias=False)
+    primes = head_primes(cfg)
+    assert [sum(map(sum, primes[b])) for b in cfg.blocks] == [384006168, 384016682]
+    module = Engram(cfg, 1, 32, n_canonical=99092, pad=2, table_device="meta")
+    assert module.table.shape == (384006168, 256)
+    assert module.multipliers.tolist() == [76632096046245, 4839876093313, 35959672319349,
+                                           73987337458391]
+    rows = module.hash(torch.tensor([[5, 10, 20, 30, 40]]))[0, -1].view(3, 8)
+    assert (rows - module.offsets)[:, :2].tolist() == [
+        [1326936, 6120872], [14088109, 7705371], [14966984, 15521295]]
+
+
 @pytest.mark.parametrize("stop", [False, True])
 @pytest.mark.parametrize("orders", [(1,), (2, 3), (1, 3, 4)])
 def test_hash_is_the_python_loop(orders, stop):
@@ -189,6 +204,16 @@ def test_hash_is_the_python_loop(orders, stop):
     assert torch.cat(pieces, 1).tolist() == slow
     rows = tiny_module(orders=orders, rows=1).hash(x)
     assert (rows == torch.arange(2 * len(orders))).all()
+
+
+def test_hash_by_hand():
+    """The example in the docstring of hash(), once the hash has changed."""
+    module = tiny_module(orders=(2,))
+    module.multipliers = torch.tensor([3, 11])
+    module.primes, module.offsets = torch.tensor([[13, 17]]), torch.tensor([[0, 13]])
+    assert module.hash(torch.tensor([[5, 7]]))[0, 1].tolist() == [8, 13]
+    text = " ".join(Engram.hash.__doc__.split())
+    assert "(7 * 3) ^ (5 * 11) = 21 ^ 55 = 34" in text and "reads rows 8 and 13" in text
 
 
 def test_canonical_ids():
@@ -370,6 +395,25 @@ def test_cached_decoding_is_the_full_forward(chunks, control):
 @pytest.mark.parametrize("rho", [0, 0.75, 0.9])
 @pytest.mark.parametrize("memory, untied", [({}, False), (dict(blocks=(0, 2), width=8), True),
                                             (dict(orders=(1,), conv_kernel=0), False)])
+def test_attention_by_hand_is_sdpa():
+    """A mask off by one in the form that a cache needs, and that a CPU takes in bf16."""
+    q, k, v = torch.randn(3, 2, 4, 10, 8, dtype=torch.float64)
+    full = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(attend(q[:, :, -3:], k, v), full[:, :, -3:])
+    half = attend(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    torch.testing.assert_close(half.double(), full, rtol=0, atol=0.05)
+
+
+def test_n_grams_that_share_a_row():
+    """Token ids counted for canonical ids, or all n-grams for the different ones."""
+    tokens, pieces = np.array([0, 1, 2, 0, 1, 3, 0, 1]), [b"a", b"b", b"c", b" A"]
+    said = crowding(EngramConfig(rows=(2, 4)), tokens, pieces)
+    assert said == "2.5 2-grams and 1.5 3-grams"    # ab bc ca ba aa; abc bca cab aba baa aab
+    for compress, share in ((True, "1.0"), (False, "1.5")):
+        memory = EngramConfig(orders=(2,), rows=2, compress=compress)
+        assert crowding(memory, np.array([0, 1, 3, 1]), pieces) == f"{share} 2-grams"
+
+
 def test_twins_agree(rho, memory, untied):
     """An unfair comparison: other totals or active parameters, a twin with less compute;
     a matmul that is not counted, or a table that is."""
@@ -640,7 +684,7 @@ def test_ranks_train_as_one_process(corpus, tmp_path):
     said = shell(f"{torchrun} 3 train.py {shlex.join(map(str, argv))}").stderr
     assert said.count("processes * batch_size") == 1
     argv += ["--tokens_per_step", 192]
-    weights = []
+    results = []
     for numbers in ((1, 1, 1), (1, 3, 2)):
         out = tmp_path / str(sum(numbers))
         for n, where, steps in zip(numbers, ("host", "host", "resident"), (4, 8, 12)):
@@ -652,9 +696,23 @@ def test_ranks_train_as_one_process(corpus, tmp_path):
             else:
                 done = shell(f"{torchrun} {n} train.py {shlex.join(map(str, flags))}")
                 assert done.returncode == 0 and done.stdout.count("training tokens") == 1
-        weights.append(load_checkpoint(out / "engram" / "ckpt.pt")[0]["model"])
-    for one, several in zip(*(w.values() for w in weights), strict=True):
+        saved = load_checkpoint(out / "engram" / "ckpt.pt")[0]
+        loss = torch.tensor(saved["records"][-1]["train_loss"])
+        results.append([*saved["model"].values(), loss])
+    for one, several in zip(*results, strict=True):
         torch.testing.assert_close(several, one, rtol=0, atol=5e-4)
+
+
+def test_a_rank_that_dies_ends_the_others(corpus, tmp_path):
+    """Processes that wait for ever."""
+    argv = [*corpus, *TINY, "--model", "engram", "--out_dir", tmp_path, "--device", "cpu"]
+    command = "-m torch.distributed.run --standalone --nproc_per_node=2 train.py".split()
+    with started(*command, *map(str, argv), "--steps", "100000") as torchrun:
+        wait_until((tmp_path / "engram" / "ckpt.pt").exists, 300)
+        children = subprocess.run(["pgrep", "-P", str(torchrun.pid)], capture_output=True)
+        os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+        torchrun.communicate(timeout=60)
+    assert torchrun.returncode == 1
 
 
 # ---- where the table lives -------------------------------------------------------------
@@ -1108,6 +1166,19 @@ def test_tinystories(hub, tmp_path, monkeypatch):
     monkeypatch.setitem(prepare_data.DEFAULT_MB, "python", 1)
     name, note = prepare_data.find("auto", "cuda", new)
     assert name == "python" and "404" in note
+
+
+def test_gpt2(tmp_path):
+    """Ids or a map to canonical ids that are not GPT-2's, which the demo presupposes."""
+    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        pytest.skip("needs GPT-2's tokenizer in the folder that TIKTOKEN_CACHE_DIR names")
+    (tmp_path / "t.txt").write_text("Hello world\n" * 50)
+    run(prepare_data, tmp_path / "t.txt", "--data_dir", tmp_path, "--tokenizer", "gpt2")
+    meta, train_ids, _ = prepare_data.load("t", tmp_path)
+    assert meta["eot"] == 50256 and train_ids[:2].tolist() == [15496, 995]
+    ids = canonical_ids(prepare_data.token_bytes(meta["tokenizer"]))
+    assert hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest() == \
+        "648b280b8082b3868d20fef4dfd3c60f72673bafc4e5e13002744f4967b2ddae"
 
 
 def test_files_that_are_no_text(tmp_path, refused):
