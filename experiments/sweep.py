@@ -80,8 +80,6 @@ ALLOCATION = {
     "0.5": Arm(ENGRAM.flags, "rho 0.5, Engram"),
     "0.33": engram_arm("--rho 0.33", "rho 0.33"),
     "0": engram_arm("--rho 0", "rho 0")}
-LONGER = {name: TWINS[name] for name in ("moe", "fewer", "engram")}
-LONGER["rho 0"] = engram_arm("--rho 0", "Engram without experts to choose from (rho 0)")
 # Plain English: some 3.5 MB of TinyStories, prepared as a data set of this name.
 STORIES = {name: TWINS[name] for name in ("moe", "conv", "token", "engram", "large")}
 # Each changes one thing of Engram; the convolution stays as it is.
@@ -133,7 +131,6 @@ def sweeps():
                              "Which share of the sparse parameters should experts keep?",
                              along=True, seeds=5),
         "stories": laptop(STORIES, "moe", say_claims, draw_curves, dataset="stories"),
-        "longer": laptop(LONGER, "moe", say_claims, draw_curves, steps=1200),
         "rates": laptop(RATES, "moe 0.008", evaluations=4, seeds=1, first_seed=10)}
 
 
