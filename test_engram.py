@@ -392,9 +392,6 @@ def test_cached_decoding_is_the_full_forward(chunks, control):
     torch.testing.assert_close(torch.cat(pieces, 1), model(idx)[0], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("rho", [0, 0.75, 0.9])
-@pytest.mark.parametrize("memory, untied", [({}, False), (dict(blocks=(0, 2), width=8), True),
-                                            (dict(orders=(1,), conv_kernel=0), False)])
 def test_attention_by_hand_is_sdpa():
     """A mask off by one in the form that a cache needs, and that a CPU takes in bf16."""
     q, k, v = torch.randn(3, 2, 4, 10, 8, dtype=torch.float64)
@@ -414,6 +411,9 @@ def test_n_grams_that_share_a_row():
         assert crowding(memory, np.array([0, 1, 3, 1]), pieces) == f"{share} 2-grams"
 
 
+@pytest.mark.parametrize("rho", [0, 0.75, 0.9])
+@pytest.mark.parametrize("memory, untied", [({}, False), (dict(blocks=(0, 2), width=8), True),
+                                            (dict(orders=(1,), conv_kernel=0), False)])
 def test_twins_agree(rho, memory, untied):
     """An unfair comparison: other totals or active parameters, a twin with less compute;
     a matmul that is not counted, or a table that is."""
