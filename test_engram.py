@@ -915,8 +915,7 @@ def test_writing_a_fact(trained, look):
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
     path = trained / "engram" / "ckpt.pt"
     whole = path.read_bytes()
-    said = look("--write", "w1 w2", " w3", "--max_new_tokens", 3)
-    assert said.out.startswith("w1 w2") and "the answer had" in said.err
+    assert look("--write", "w1 w2", " w3", "--max_new_tokens", 3).startswith("w1 w2")
     assert path.read_bytes() == whole
 
 
