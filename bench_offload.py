@@ -1,7 +1,7 @@
 """
 What does it cost to keep Engram's table in host memory? Predict it, then measure it.
 
-    python bench_offload.py                      # two to four minutes on two CPU cores
+    python bench_offload.py                      # two minutes on two CPU cores
     python bench_offload.py --link_gbps 0        # without the simulated link
     python bench_offload.py --full --out gpu     # more tables; on a GPU the paper's too
     python bench_offload.py --plot --out DIR     # draw DIR/offload.json again
