@@ -179,16 +179,35 @@ def teach(model, trigger, answer, x):
 def held_out(saved, T, n=32):
     """Return n sequences of T validation tokens of a run."""
     header = saved["header"]
-    val = load(header["data"]["name"], header["config"]["data_dir"])[2]
+    meta, _, val = load(header["data"]["name"], header["config"]["data_dir"])
+    if meta["val"]["sha256"] != saved["run"]["val data"]:
+        fail(f"{meta['name']} is not what this model was trained on: prepare it as it was")
     n = min(n, len(val) // T)
     return torch.from_numpy(val[:n * T].astype(np.int64)).view(n, T)
+
+
+def write_and_say(answer, saved, model, enc, start):
+    """Write that the text answer follows the tokens start, and print what that changes.
+    Return start, cropped if need be so that the answer fits into the context."""
+    T, answer = model.cfg.block_size, enc.encode_ordinary(answer)
+    if not 0 < len(answer) < T:
+        fail(f"--write: the answer has {len(answer):,} tokens; it needs from 1 to {T - 1:,}")
+    start, x = start[-(T + 1 - len(answer)):], held_out(saved, T)
+    before, after, reads, reached, changed, other = teach(model, start, answer, x)
+    assert not (changed & ~reached).any(), "a token changed that none of the rows reaches"
+    print(f"[the answer had a probability of {before:.4f}, now {after:.4f}. Of {x.numel():,} "
+          f"tokens held out {int(reads.sum()):,} read one of the rows; the logits of "
+          f"{int(changed.sum()):,}, these and what follows them in their contexts, changed at "
+          f"all, and of {int(other.sum()):,} the likeliest next token]", file=sys.stderr)
+    return start
 
 
 # ---- shades ----------------------------------------------------------------------------
 
 def tint(level):
     """Return (red, green, blue) for a level from -1 to 1: orange, white at 0, blue."""
-    end = (80, 150, 255) if level > 0 else (255, 190, 110)
+    blue, orange = (80, 150, 255), (255, 190, 110)
+    end = blue if level > 0 else orange
     return tuple(round(255 + (part - 255) * min(1, abs(level))) for part in end)
 
 
@@ -278,6 +297,8 @@ def read_flags(argv):
     if args.png and (not args.shade or args.num_samples > 1):
         fail("--png needs --memory or --gates, and one sample")
     check_device(args.device)
+    if args.write and args.device != "cpu":
+        fail("--write works on a CPU: leave out --device")
     return args
 
 
@@ -290,8 +311,8 @@ def main(argv=None):
         torch.set_num_threads(1)
     path = Path(args.out_dir) / args.model / "ckpt.pt"
     saved, model = load_checkpoint(path, map_file=args.table == "disk")
-    if args.shade and not model.engrams():
-        fail(f"--memory and --gates show a memory, and the {args.model} model has none")
+    if (args.shade or args.write) and not model.engrams():
+        fail(f"--memory, --gates, --write: the {args.model} model has no memory")
     enc = encoding(saved["tokenizer"])
     if args.write:
         args.prompt = args.write[0]
@@ -302,13 +323,7 @@ def main(argv=None):
     if device.type not in ("cpu", "cuda"):
         check_rows(model, torch.tensor([start]))
     if args.write:
-        x, answer = held_out(saved, model.cfg.block_size), enc.encode_ordinary(args.write[1])
-        before, after, reads, reached, changed, other = teach(model.eval(), start, answer, x)
-        assert not (changed & ~reached).any(), "a token changed that none of the rows reaches"
-        print(f"[the answer had a probability of {before:.4f}, now {after:.4f}. Of {x.numel():,} "
-              f"tokens held out {int(reads.sum()):,} read one of the rows; the logits of "
-              f"{int(changed.sum()):,}, these and what follows them in their contexts, changed "
-              f"at all, and of {int(other.sum()):,} the likeliest next token]", file=sys.stderr)
+        start = write_and_say(args.write[1], saved, model.eval(), enc, start)
     for i in range(args.num_samples):
         if i > 0:
             print("-" * 20)

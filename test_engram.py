@@ -602,7 +602,9 @@ def test_what_was_there_is_kept(tmp_path, refused, writer):
     (train, "--device mps", "--device cpu"), (train, "--dataset no", "not prepared"),
     (train, "--block_size 50000 --tokens_per_step 100000", "block_size"),
     (train, "--engram_rows 9999999999", "GB"), (train, "--compile", "C++ compiler"),
-    (sample, "--model moe --memory", "has none"), (sample, "--png a.png", "needs"),
+    (sample, "--model moe --memory", "no memory"),
+    (sample, "--model moe --write a b", "no memory"), (sample, "--write a", "2 arguments"),
+    (sample, "--png a.png", "needs"),
     (sample, "--max_new_tokens 0", "nothing to do"), (sample, "--temperature nan", "nan"),
     (sample, f"--prompt FILE:{HERE / 'test_vectors.npz'}", "utf-8"),
     (bench_offload, "--link_gbps nan", "gbps"), (prepare_data, "--vocab_size 256", "257"),
@@ -897,7 +899,7 @@ def test_values_stand_beside_their_tokens(trained, look):
     assert f"{(off - on).sum():+.2f} nats saved in all" in printed
 
 
-def test_writing_a_fact(trained, look):
+def test_writing_a_fact(trained, look, refused):
     """A weight or another row that moves, a token out of reach that changes, a checkpoint
     that is written over."""
     model, x = tiny_gpt(torch.float32), torch.randint(VOCAB, (5, 30))
@@ -916,6 +918,9 @@ def test_writing_a_fact(trained, look):
     path = trained / "engram" / "ckpt.pt"
     whole = path.read_bytes()
     assert look("--write", "w1 w2", " w3", "--max_new_tokens", 3).startswith("w1 w2")
+    refused("0 tokens", look, "--write", "w1", "")
+    refused("to 31", look, "--write", "w1", "x" * 99)
+    look("--write", "w1 " * 40, " w3 w4 w5", "--max_new_tokens", 3)      # cropped, and fits
     assert path.read_bytes() == whole
 
 

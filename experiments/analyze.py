@@ -108,8 +108,11 @@ def over_pairs(found):
     """Return what is saved of the numbers of several pairs, all in dicts of the same shape.
     "half" is None for one pair; a bucket that a pair does not have is left out."""
     if isinstance(found[0], dict):
-        names = [name for name in found[0] if all(name in of_pair for of_pair in found)]
-        return {name: over_pairs([of_pair[name] for of_pair in found]) for name in names}
+        table = {}
+        for name in found[0]:
+            if all(name in of_pair for of_pair in found):
+                table[name] = over_pairs([of_pair[name] for of_pair in found])
+        return table
     mean, half = interval(found)
     return {"mean": mean, "half": half if len(found) > 1 else None, "values": found}
 
@@ -353,8 +356,10 @@ def say_depth(found):
 
 
 def draw_depth(axes, found):
-    rows = found["all tokens"]["engram"].values()
-    means = np.array([[number["mean"] for number in row.values()] for row in rows])
+    means = []
+    for row in found["all tokens"]["engram"].values():
+        means.append([number["mean"] for number in row.values()])
+    means = np.array(means)
     axes.imshow(means, origin="lower", cmap="Blues", vmin=0, vmax=1)
     for (i, j), value in np.ndenumerate(means):
         axes.text(j, i, f"{value:.2f}", ha="center", va="center",
