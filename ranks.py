@@ -1,7 +1,7 @@
 """
 Several processes on one machine, a share of each step's sequences for each of them:
 
-    torchrun --standalone --nproc_per_node=2 train.py --table host
+    torchrun --standalone --nproc_per_node=2 train.py --batch_size 4 --table host
 
 The idea: all processes (ranks) hold the same backbone and apply the same gradient, the mean
 over the ranks, so they stay equal. Of a table they exchange the rows that a step has read,
