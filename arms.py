@@ -98,16 +98,18 @@ def side_by_side(jobs, tell):
 
 def child(job, told, threads):
     """Run one job; end when the first process asks for it, or is no more."""
-    def stop(*_):
-        raise KeyboardInterrupt
+    asked = []
 
     def tell(*message):
         if not multiprocessing.parent_process().is_alive():
             # nobody is left to read the queue
             os._exit(1)
+        # here, and not where the signal arrives: Python drops what is raised in a callback
+        if asked:
+            raise KeyboardInterrupt
         told.put(message)
 
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     torch.set_num_threads(threads)
     keep_freed_memory()
     try:
@@ -118,5 +120,3 @@ def child(job, told, threads):
         raise SystemExit(130) from None
     except OSError as error:
         fail(error)
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
