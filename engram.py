@@ -20,7 +20,8 @@ One step:
     row_adam.step([read], lr)        update those U rows of the table, and no others
 
 Letters, here and in model.py:
-    B batch, T time, D model width (n_embd), V' number of canonical ids
+    B batch, T time, D model width (n_embd), h hidden states [B, T, D]
+    V' number of canonical ids (tokens that differ in case or accents alone share one)
     N largest n-gram order, K hash heads per order, M = len(orders) * K rows read per token
     R rows of one layer's table, d width of one row, d_mem = M * d
     U unique rows read in a step
@@ -64,7 +65,7 @@ class EngramConfig:
     heads: int = opt(4, "hash heads per order; n-grams that share a row in one head "
                      "rarely do so in all of them", least=1)
     rows: tuple = opt((), "rows per head: one number, or one per order; by default as "
-                      "many as the dropped experts pay for, see --rho")
+                      "many as Engram gets for the experts that it gives up, see --rho")
     width: int = opt(16, "numbers in one row", least=1)
     conv_kernel: int = opt(4, "taps of the short convolution; 0 leaves it out", least=0)
     conv_dilation: int = opt(0, "positions between its taps; 0: the largest order (paper)",
@@ -116,7 +117,7 @@ class Read(NamedTuple):
     leaf: torch.Tensor
     # [B, T, M] which of the U rows each token reads
     inverse: torch.Tensor
-    # to be called before leaf is used, which may still be filling (offload.py); or None
+    # waits until leaf is filled, see offload.py; None where it is filled already
     ready: Callable | None
 
     def part(self, sequences):
@@ -142,12 +143,11 @@ class Engram(nn.Module):
         self.register_buffer("primes", torch.as_tensor(primes))
         self.register_buffer("offsets", torch.as_tensor(ends - primes))
         # The table is a buffer, not a parameter, so autograd never allocates a gradient
-        # for all R rows. read() explains how it is trained.
+        # for all R rows. RowAdam trains it.
         self.register_buffer("table", torch.empty(int(ends[-1, -1]), cfg.width,
                                                   device=table_device))
         # an offload.Fetch if the table is not on the model's device
         self.fetch = None
-        # what turns the rows read into values and keys, and gates them
         self.value = nn.Linear(cfg.d_mem, n_embd, bias=cfg.bias)
         if cfg.gate != "off":
             self.key = nn.Linear(cfg.d_mem, n_embd, bias=cfg.bias)
@@ -185,7 +185,7 @@ class Engram(nn.Module):
         key = self.norm_key(self.key(e).to(h.dtype))
         score = (key * self.norm_query(h)).sum(-1, keepdim=True) / math.sqrt(h.size(-1))
         if self.cfg.gate == "sqrt":
-            # not in the paper, but in the demo and in DeepSeek-V4.1
+            # a signed root, as in the demo and in DeepSeek-V4.1, not in the paper
             score = score.sign() * score.abs().clamp_min(1e-6).sqrt()
         return torch.sigmoid(score)
 
@@ -196,9 +196,9 @@ class Engram(nn.Module):
         (section 2 of the paper).
 
         x: [B, T] canonical ids; history: the up to N-1 ids just before them, None at the
-        start of a text. Each of the last n ids is multiplied by its own odd number (which
-        loses no bit of it), the products are XORed, and the remainder by a head's prime
-        is a row of that head. All heads of an order share the XOR: two n-grams that
+        start of a text. Each of the last n ids is multiplied by the odd number of its place
+        (the last one, the one before, ...), the products are XORed, and the remainder by
+        a head's prime is a row of that head. All heads of an order share the XOR: two n-grams that
         collide in one head rarely collide in another, because the primes differ. int64
         throughout: with ids below V' no product overflows.
 
@@ -216,7 +216,8 @@ class Engram(nn.Module):
         row_ids = []
         same_text = torch.ones_like(mix, dtype=torch.bool)
         for k in range(N):
-            past = x[:, N - 1 - k:N - 1 - k + T]                          # x[t-k] for all t
+            begin = N - 1 - k
+            past = x[:, begin:begin + T]                                  # x[t-k] for all t
             if self.cfg.stop_at_eot and k > 0:
                 # pad is also the id of end of text: once one is met, it and all before it
                 # count as pad
@@ -233,9 +234,8 @@ class Engram(nn.Module):
         """Return the Read of row numbers [B, T, M].
 
         Every different row is gathered once into one small tensor, the leaf. Autograd
-        then sees [U, d] numbers and never [R, d], so a step costs the same with 1e5 rows
-        or with 1e7, the leaf's gradient is an ordinary dense one, and where the table lives
-        matters only here and where RowAdam writes."""
+        sees its [U, d] numbers and never the table's [R, d], so a step costs the same with
+        1e5 rows or with 1e7. Where the table lives matters only here and in RowAdam."""
         # the different rows, and where in them each of the B * T * M reads is found
         unique, inverse = row_ids.unique(return_inverse=True)
         if self.fetch is None:
@@ -273,6 +273,7 @@ class ShortConv(nn.Module):
         else:
             x = F.pad(x, (0, 0, reach, 0))
         if cache is not None:
+            # not -reach, which would keep all of x if reach is 0
             cache["tail"] = x[:, x.size(1) - reach:]
         # the last tap sees the token itself, the one before it sees `dilation` back, ...
         shifted = [x[:, j * self.dilation:j * self.dilation + T] for j in range(kernel)]
@@ -295,7 +296,7 @@ class RowAdam:
     Dense Adam would go through all R rows, and its momentum would move rows that were not
     read. Bias correction needs a step count. Here each row has its own, its number of
     visits. torch.optim.SparseAdam has one for all rows, so a row that is first read late
-    takes a first step 2.2 times too small (beta2 0.95). In text most are."""
+    takes a first step 2.2 times too small (beta2 0.95). In text most rows are."""
 
     def __init__(self, tables, betas=(0.9, 0.95), eps=1e-15):
         """tables: list of [R, d] tensors, changed in place. Moments are made beside them."""
@@ -316,13 +317,11 @@ class RowAdam:
             row_ids = read.row_ids.to(table.device)
             values = read.leaf.to(table.device)
             grad = read.leaf.grad.to(table.device)
-            # Adam's update for these U rows
             visits = state["visits"].index_select(0, row_ids) + 1         # [U, 1]
             m = state["exp_avg"].index_select(0, row_ids).lerp_(grad, 1 - beta1)
             v = state["exp_avg_sq"].index_select(0, row_ids).lerp_(grad.square(), 1 - beta2)
             denom = (v / (1 - beta2 ** visits)).sqrt_().add_(self.eps)
             values = values - lr * (m / (1 - beta1 ** visits)) / denom
-            # write rows and moments back
             table.index_copy_(0, row_ids, values)
             state["exp_avg"].index_copy_(0, row_ids, m)
             state["exp_avg_sq"].index_copy_(0, row_ids, v)
@@ -330,7 +329,8 @@ class RowAdam:
 
 
 def with_gradient(table, row_ids, grad):
-    """Return a Read with which RowAdam updates rows [U] of table by their gradient [U, d]."""
+    """Return a Read with which RowAdam updates rows [U] of table, all different, by their
+    gradient [U, d]. Those that do not come from a forward pass are made here."""
     leaf = table[row_ids.to(table.device)].to(grad.device).requires_grad_()
     leaf.grad = grad
     return Read(row_ids, leaf, None, None)
@@ -353,11 +353,10 @@ def canonical_ids(token_bytes, compress=True):
     appearance.
 
     token_bytes: the bytes of token 0, 1, 2, ... GPT-2: 50,257 tokens have 32,982
-    canonical ids. A token that is no text by itself (a piece of a UTF-8 sequence) has its
-    bytes as its key; other keys are str, so the two kinds never meet."""
+    canonical ids. Tokens with the same key get the same id. The key is the normal form of
+    the token's text, or its bytes if they are no text (a piece of a UTF-8 sequence)."""
     if not compress:
         return np.arange(len(token_bytes))
-    # tokens with the same key get the same id
     seen, ids = {}, []
     for raw in token_bytes:
         text = raw.decode("utf-8", errors="replace")
@@ -371,9 +370,9 @@ def canonical_ids(token_bytes, compress=True):
 
 def hash_multipliers(cfg, block, n_canonical):
     """Return the N odd int64 multipliers of one layer, as the demo draws them."""
-    # 2 * r + 1 with r below this bound, times an id below V', stays under 2**63
+    # (2 * r + 1) * id stays below 2**63 for r below this bound and ids below V'
     bound = max(1, (2 ** 63 - 1) // n_canonical // 2)
-    # 10007 is the demo's: every layer draws from a stream of its own
+    # every layer draws from a stream of its own; 10007 is the demo's number
     rng = np.random.default_rng(cfg.seed + 10007 * block)
     return rng.integers(0, bound, size=cfg.orders[-1], dtype=np.int64) * 2 + 1
 
@@ -385,8 +384,8 @@ def is_prime(n):
 def head_primes(cfg):
     """Return {block: [[prime of each head] for each order]}.
 
-    Every head of every order and layer has a prime of its own, the next free one from the
-    wanted rows on. It is also the number of rows of that head."""
+    Every head of every order and layer has a prime of its own, the smallest free one from
+    the wanted rows on. The head has that many rows."""
     taken, primes = set(), {}
     for block in cfg.blocks:
         primes[block] = []
@@ -394,14 +393,13 @@ def head_primes(cfg):
             if rows == 1:           # a control: one row per head, whatever the n-gram
                 primes[block].append([1] * cfg.heads)
                 continue
-            # the next primes from rows on that no other head has
-            heads, candidate = [], rows
-            while len(heads) < cfg.heads:
+            found, candidate = [], rows
+            while len(found) < cfg.heads:
                 if candidate not in taken and is_prime(candidate):
-                    heads.append(candidate)
+                    found.append(candidate)
                     taken.add(candidate)
                 candidate += 1
-            primes[block].append(heads)
+            primes[block].append(found)
     return primes
 
 

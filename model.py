@@ -10,7 +10,9 @@ a plain pre-norm GPT with experts is left; with n_expert=0 too, a plain dense GP
 Letters: B batch, T time, D width (n_embd), L blocks, V vocabulary, H heads, hd width of a
 head; those of the memory stand in engram.py, those of the experts in moe.py. """
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import fail
-from engram import Engram, EngramConfig, ShortConv, check_fields, opt
+from engram import Engram, EngramConfig, ShortConv, check_fields, lookup, opt
 from moe import MoE
 
 
@@ -345,6 +347,27 @@ def token_losses(model, x, y, batch_size, precision, memory=True):
         losses.append(nats.view(targets.shape).cpu())
     model.train(was_training)
     return torch.cat(losses)
+
+
+@contextmanager
+def watch(model):
+    """Record what each memory layer does in the forward passes within. Yield, per layer,
+    a dict of two lists: "gate", alpha [B, T] of each pass; "added", |output| / |h|."""
+    def record(layer, engram, args, out):
+        h, read = args[:2]
+        layer["added"].append(float((out.norm() / h.norm()).detach()))
+        if hasattr(engram, "gate"):      # a module that was edited may have none
+            layer["gate"].append(engram.gate(h, lookup(read)).detach().float().squeeze(-1))
+
+    seen = [{"gate": [], "added": []} for _ in model.engrams()]
+    hooks = []
+    for engram, layer in zip(model.engrams(), seen, strict=True):
+        hooks.append(engram.register_forward_hook(partial(record, layer)))
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def load_checkpoint(path, map_file=False):

@@ -1,5 +1,5 @@
 """
-Where Engram's table lives: on the model's device, in host memory, or in a mapped file.
+Where Engram's table lives: on the model's device or in host memory.
 
     python train.py --table host         # the same losses, the table in host memory
     python bench_offload.py              # what that costs: predicted, then measured
@@ -17,11 +17,11 @@ at the place of use. What takes part, in the order in which it appears:
     copy stream     a queue of the GPU for this copy alone. In the compute queue the copy
                     would wait for the blocks queued before it.
     event           a mark in the copy stream, behind the copy. At the place of use the
-                    compute queue waits for it; no thread does.
+                    compute queue waits for it. A thread waits for the worker alone.
 
 Time runs to the right; the forward pass of a step with the memory in block 1:
 
-    main thread     hash, start | block 0 | ready | block 1 ...       it only fills queues
+    main thread     hash, start | block 0 | ready | block 1 ...           it fills queues
     worker                      gather -> staging buffer
     copy stream                                 copy to leaf, event
     compute queue               block 0 ============| wait | memory, block 1 ======
@@ -30,9 +30,8 @@ On a CPU there are neither queues nor copies: the worker gathers straight into l
 ready() waits for the worker. The table itself is not pinned: the GPU never touches it.
 """
 import copy
-import functools
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -51,14 +50,16 @@ class Fetch:
         self.copy_stream = None
 
     def start(self, table, row_ids):
-        """Begin to read rows [U] of table [R, d]. Call it after the update of the last step.
+        """Begin to read rows [U] of table [R, d], after the update of the step before.
 
-        Return the row numbers on the table's device; leaf [U, d] on the model's device,
-        still empty; and ready(), to be called before leaf is used. It raises what went
+        Return the row numbers on the table's device, leaf [U, d] on the model's device,
+        and ready(). Use neither tensor before ready() has been called. It raises what went
         wrong in the worker."""
         leaf = table.new_empty(len(row_ids), table.size(1), device=row_ids.device)
         arrived = None
-        if leaf.is_cuda:
+        if not leaf.is_cuda:
+            row_ids = row_ids.cpu()
+        else:
             # copy the row numbers to the host; the event says when they are there
             on_host = torch.empty(row_ids.shape, dtype=row_ids.dtype, pin_memory=True)
             row_ids = on_host.copy_(row_ids, non_blocking=True)
@@ -69,20 +70,23 @@ class Fetch:
             wait_for_gather = self.worker.submit(self.gather, *job).result
         else:
             # ready() is called once per micro-batch: gather at its first call only
-            wait_for_gather = functools.cache(partial(self.gather, *job))
+            wait_for_gather = cache(partial(self.gather, *job))
         return row_ids, leaf, partial(self.finish, wait_for_gather, leaf)
 
     def gather(self, table, row_ids, leaf, arrived):
         """Fill leaf. For a GPU, return the event behind the copy that fills it. arrived:
-        the event after which row_ids can be read, and no earlier work of the GPU uses
-        leaf's memory."""
-        if not leaf.is_cuda:
+        the event after which row_ids is on the host and leaf's memory is free."""
+        if leaf.device.type == "cpu":
             take(table, row_ids, leaf)
+            return None
+        if not leaf.is_cuda:
+            # another accelerator: an ordinary copy, for which everything waits
+            leaf.copy_(table[row_ids])
             return None
         if self.worker is not None:
             arrived.synchronize()
         else:
-            # what the program has queued is not done yet: wait until the GPU is here too
+            # no prefetch: begin when the GPU has done all that was queued before
             torch.cuda.current_stream(leaf.device).synchronize()
         staging = torch.empty(leaf.shape, dtype=leaf.dtype, pin_memory=True)
         take(table, row_ids, staging)
@@ -92,8 +96,8 @@ class Fetch:
         # and that mode belongs to a thread
         with torch.cuda.stream(self.copy_stream), torch.inference_mode(leaf.is_inference()):
             leaf.copy_(staging, non_blocking=True)
-            # torch reuses the memory of leaf only after this copy, even if it is dropped
-            # before; for pinned memory, as staging's, it sees to that by itself
+            # the memory of leaf is not used again before this copy ends, even if leaf is
+            # dropped; for pinned memory, as staging's, torch sees to that unasked
             leaf.record_stream(self.copy_stream)
             return self.copy_stream.record_event()
 
@@ -110,16 +114,16 @@ def take(table, row_ids, out):
 
     By numpy, because torch's index_select would start a second team of OpenMP threads in
     the worker, which spin beside the model's (training ran at 0.65 of its speed on two
-    cores). numpy knows no bfloat16, hence bytes. With mode="clip" it writes to out
-    directly; row numbers are in range by construction."""
+    cores). numpy knows no bfloat16, so it gets bytes. With mode="clip" numpy writes to
+    out directly; row numbers are in range by construction."""
     table_bytes = table.view(torch.uint8).numpy()
     out_bytes = out.view(torch.uint8).numpy()
     np.take(table_bytes, row_ids.numpy(), axis=0, out=out_bytes, mode="clip")
 
 
 def place(model, device, where="resident", prefetch=True):
-    """Move a GPT to device. With where "host" or "disk" its tables stay on the CPU, in
-    memory or in the file that they are mapped from."""
+    """Move a GPT to device. Unless where is "resident", its tables stay on the CPU (with
+    "disk" load_checkpoint has left them in the file)."""
     if where == "resident":
         model.to(device)
         return

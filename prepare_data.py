@@ -536,6 +536,11 @@ class Data:
         n_val = min(max(1, eval_tokens // block_size), (len(val) - 1) // block_size)
         starts = np.linspace(0, len(val) - 1 - block_size, n_val).astype(int)
         self.val_x, self.val_y = self.sequences(val, starts)
+        # of made-up text we know which kind of token each one is (experiments/tasks.py)
+        self.kinds, path = {}, Path(data_dir) / self.name / "val_kinds.bin"
+        if "kinds" in self.meta:
+            _, kinds = self.sequences(np.fromfile(path, np.uint8), starts)
+            self.kinds = {name: kinds == i + 1 for i, name in enumerate(self.meta["kinds"])}
         # how many bytes each token stands for; the end of text is not text
         self.token_bytes = token_bytes(self.meta["tokenizer"])
         self.bytes = np.array([len(b) for b in self.token_bytes])
@@ -587,9 +592,14 @@ class Data:
         """Return what is reported of the losses [n_val, T] of the validation tokens."""
         copied = losses[self.copyable]
         bits = losses.sum() / np.log(2)
-        return {"val_loss": float(losses.mean()),
-                "copy_loss": float(copied.mean()) if len(copied) else None,
-                "val_bpb": float(bits / self.bytes[self.val_y].sum())}
+        scores = {"val_loss": float(losses.mean()),
+                  "copy_loss": float(copied.mean()) if len(copied) else None,
+                  "val_bpb": float(bits / self.bytes[self.val_y].sum())}
+        for name, where in self.kinds.items():
+            # known: its probability is over a half, so it is the likeliest
+            known = (losses[where] < np.log(2)).mean()
+            scores[name] = {"loss": float(losses[where].mean()), "known": float(known)}
+        return scores
 
 
 def main(argv=None):

@@ -7,15 +7,42 @@ The idea: everything that is said of a run is read from its log, out_dir/MODEL/l
 so it can be said again. Two runs are compared only if nothing but the model differs.
 """
 import json
+import platform
+import shlex
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
-from common import fail, new_figure, write_whole
+import torch
+
+from common import commit, fail, machine_name, new_figure, write_whole
+from model import accounting, parameters_by_kind
 
 MODELS = {"moe": "MoE-only twin", "engram": "Engram", "large": "Engram, larger table"}
 
 # Two runs may differ in these: they do not change what is computed.
 HARMLESS = ("resume", "model", "preset", "out_dir", "data_dir", "dataset", "device", "table",
             "compile", "batch_size", "eval_every", "large")
+
+
+def describe(name, model, cfg, data):
+    """Return the first line of a log: what one needs to understand and repeat the run."""
+    # of the data: where it comes from, its sizes and hashes
+    known = {k: v for k, v in data.meta.items() if k not in ("tokenizer", "args")}
+    return {"command": shlex.join(["train.py", *sys.argv[1:]]), "model": name,
+            "config": asdict(cfg), "shape": asdict(model.cfg),
+            "accounting": accounting(model),
+            "parameters_by_kind": parameters_by_kind(model),
+            "data": {**known, "note": data.note},
+            "copyable_tokens": int(data.copyable.sum()), "passes": data.passes,
+            "commit": commit(), "python": platform.python_version(),
+            "torch": str(torch.__version__), "device": machine_name(cfg.device),
+            "threads": torch.get_num_threads()}
+
+
+def write_log(path, state):
+    lines = [json.dumps(record) + "\n" for record in [state["header"], *state["records"]]]
+    write_whole(path, lambda file: file.write("".join(lines).encode()))
 
 
 def read_log(path):

@@ -26,10 +26,9 @@ import torch.nn.functional as F
 from common import fail, make_parser, new_figure, run_script, write_whole
 from engram import RowAdam, with_gradient
 from flags import check_device
-from model import generate, load_checkpoint, token_losses
 from offload import check_rows, place
 from prepare_data import encode_text, encoding, load
-from train import watch
+from model import generate, load_checkpoint, token_losses, watch
 
 
 def complete(model, enc, ids, seed=0, **how):

@@ -41,7 +41,8 @@ import runs
 import sample
 import train
 from engram import Engram, EngramConfig, Read, RowAdam, canonical_ids, head_primes, lookup
-from model import GPT, Block, Cache, GPTConfig, accounting, attend, generate, load_checkpoint
+from model import (GPT, Block, Cache, GPTConfig, accounting, attend, generate, load_checkpoint,
+                   watch)
 from moe import MoE
 from offload import Fetch, check_rows, place
 from prepare_data import EOT
@@ -781,6 +782,22 @@ def test_reads_start_early_and_do_not_mix():
     assert slow.begun == 2                                # once a read
 
 
+def test_another_accelerator_takes_the_plain_path():
+    """A stream, an event or pinned memory of CUDA where there is none."""
+    class Elsewhere(torch.Tensor):
+        device = property(lambda self: torch.device("mps"))
+
+        def numpy(self):
+            raise TypeError("not in host memory")
+
+    table, row_ids = torch.randn(50, 4), torch.tensor([3, 7, 11])
+    leaf = torch.empty(3, 4).as_subclass(Elsewhere)
+    for prefetch in (True, False):
+        leaf.zero_()
+        assert Fetch(prefetch).gather(table, row_ids, leaf, None) is None
+        assert torch.equal(leaf.as_subclass(torch.Tensor), table[row_ids])
+
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
@@ -887,7 +904,7 @@ def test_values_stand_beside_their_tokens(trained, look):
     pairs = sample.complete(model, enc, ids, max_new_tokens=8, temperature=0.5)
     ids += [i for i, _ in pairs][:-1]
     x, y = torch.tensor([ids]), torch.tensor(ids[1:])
-    with torch.no_grad(), train.watch(model) as seen:
+    with torch.no_grad(), watch(model) as seen:
         on, off = (F.cross_entropy(model(x, reads=reads)[0][0, :-1], y, reduction="none")
                    for reads in (None, []))
     gates = seen[0]["gate"][0][0][1:]

@@ -6,19 +6,16 @@ Engram with a larger table.
     python train.py --model engram --steps 2000 --rho 0.5 --out_dir out2
     python train.py --resume                 # the same command again, after a crash or Ctrl-C
 
-The idea: the parameters that a token does not use sit in experts or in a table. All else
-is equal (total and active parameters, data, steps), so the gap between the two curves is
-what the memory is worth, up to the noise of seeds.
+The idea: the parameters that a token does not use sit in experts (the twin) or in a table
+(Engram). All else is equal (total and active parameters, data, steps), so the gap between
+these two curves is what the memory is worth, up to the noise of seeds.
 """
-import json
 import math
 import os
-import platform
 import shlex
 import shutil
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,16 +26,15 @@ from tqdm import tqdm
 
 import ranks
 from arms import Progress, side_by_side
-from common import (commit, fail, free_memory, keep_freed_memory, machine_name, new_figure,
-                    peak_bytes, run_script, write_whole)
-from engram import EngramConfig, RowAdam, canonical_ids, check_fields, lookup, opt
+from common import (fail, free_memory, keep_freed_memory, machine_name, new_figure, peak_bytes,
+                    run_script, write_whole)
+from engram import EngramConfig, RowAdam, canonical_ids, check_fields, opt
 from flags import build, faster_dtype, parse
-from model import (GPT, GPTConfig, accounting, hash_probe, load_checkpoint,
-                   parameters_by_kind, token_losses)
+from model import GPT, GPTConfig, hash_probe, load_checkpoint, token_losses, watch
 from muon import Muon
 from offload import check_rows, place
 from prepare_data import Data
-from runs import HARMLESS, compare, differences, flat, plot
+from runs import HARMLESS, compare, describe, differences, flat, plot, write_log
 from twins import count, crowding, shapes_of
 
 run_opt = partial(opt, group="run")
@@ -48,9 +44,9 @@ optim_opt = partial(opt, group="optimiser")
 
 @dataclass
 class Config:
-    """Flags, together with GPTConfig's and EngramConfig's. The defaults are the laptop preset."""
-    model: str = run_opt("all", "moe (the twin), engram, large (engram with --large times the "
-                         "rows), or all of these", ("all", "moe", "engram", "large"))
+    """Flags, together with GPTConfig's and EngramConfig's. The laptop preset is the defaults."""
+    model: str = run_opt("all", "moe (the twin), engram, large (engram with more rows, see "
+                         "--large), or all of these", ("all", "moe", "engram", "large"))
     preset: str = run_opt("auto", "set of defaults; auto: gpu where there is CUDA, else "
                           "laptop", ("auto", "laptop", "small", "gpu"))
     out_dir: str = run_opt("out", "folder for logs, checkpoints and loss.png")
@@ -60,7 +56,8 @@ class Config:
                          "take the faster; set it explicitly when you compare runs",
                          ("auto", "float32", "bfloat16"))
     table: str = run_opt("resident", "where the memory's table lives: resident (on the "
-                         "device) or host (in host memory)", ("resident", "host"))
+                         "device) or host (in host memory, as that of the model large always "
+                         "does)", ("resident", "host"))
     compile: bool = run_opt(False, "use torch.compile; compiling takes a while, so it does "
                             "not pay for short runs")
     seed: int = run_opt(0, "seed of the initial weights and of the order of the data",
@@ -76,17 +73,21 @@ class Config:
     batch_size: int = optim_opt(8, "sequences per forward pass; a step's gradients are "
                                 "averaged, so this changes memory and speed only", least=1)
     lr: float = optim_opt(8e-3, "peak learning rate", least=1e-12)
-    table_lr: float = optim_opt(5.0, "the tables' learning rate over lr (paper: 5)", least=0)
+    table_lr: float = optim_opt(5.0, "learning rate of the tables, in units of lr (paper: 5)",
+                                least=0)
     warmup_share: float = optim_opt(0.05, "share of the steps in which the rate rises",
                                     least=0, most=1)
     min_lr_share: float = optim_opt(0.05, "share of lr that the cosine decay ends at",
                                     least=0, most=1)
-    weight_decay: float = optim_opt(0.1, "of matrices; tables, norms, biases: none", least=0)
-    grad_clip: float = optim_opt(1.0, "bound on the gradient's norm, rows included", least=0)
+    weight_decay: float = optim_opt(0.1, "weight decay of matrices; nothing else decays", least=0)
+    grad_clip: float = optim_opt(1.0, "largest norm of all gradients together, those of "
+                               "rows included", least=1e-12)
     balance_step: float = optim_opt(0.01, "step of the bias that balances the experts; it falls "
                                     "with lr", least=0)
-    optimizer: str = optim_opt("muon", "of the backbone's matrices", ("adamw", "muon"))
-    embed_lr: float = optim_opt(1.0, "the rate of an --untied embedding over lr", least=0)
+    optimizer: str = optim_opt("muon", "of the blocks' matrices, except the router",
+                               ("adamw", "muon"))
+    embed_lr: float = optim_opt(1.0, "learning rate of an --untied embedding, in units of lr",
+                                least=0)
     rho: float = opt(0.5, "share of the sparse parameters that stays with experts",
                      least=0, most=1, group="memory")
     large: int = opt(16, "how many times the rows of engram's table the model large has", least=1,
@@ -118,23 +119,25 @@ def train(name, shape, cfg, tell):
     # compiled or not, it is the same model; evaluation uses it uncompiled
     forward = torch.compile(model) if cfg.compile else model
     moes = [block.moe for block in model.blocks if block.moe.n_expert]
-    # this rank's share of a step is computed in micro-batches, slices of its sequences
-    n_sequences = cfg.tokens_per_step // shape.block_size // ranks.RANKS
-    parts = [slice(i, i + cfg.batch_size) for i in range(0, n_sequences, cfg.batch_size)]
+    # the sequences of a step, or this process's share of them, are computed a micro-batch
+    # at a time
+    n, size = cfg.tokens_per_step // shape.block_size // ranks.RANKS, cfg.batch_size
+    micro_batches = [slice(i, i + size) for i in range(0, n, size)]
     tell(name, state["step"])
-    # since the last evaluation: when it ended, loss and load of each step
+    # since the last evaluation: when it ended, and of each step loss and load of experts
     began, losses, loads = time.perf_counter(), [], []
 
     for step in range(state["step"], cfg.steps + 1):
 
-        # ---- evaluate, log and save: every eval_every steps, and after the last one
+        # ---- evaluate, log and save: every eval_every steps, and after the last one, if
+        # there was a step since the last time
         due = step % cfg.eval_every == 0 or step == cfg.steps
         if due and losses and ranks.RANK == 0:
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
             spent = time.perf_counter() - began                    # in training alone
             state["step"], state["seconds"] = step, state["seconds"] + spent
-            record = progress(state, cfg, losses, loads, spent)
+            record = training_record(state, cfg, losses, loads, spent)
             record |= evaluate(model, row_adam, data, cfg.batch_size, autocast(cfg))
             check_finite(record["val_loss"], step, path)
             state["records"].append(record)
@@ -148,24 +151,26 @@ def train(name, shape, cfg, tell):
         # ---- forward and backward
         x, y = (torch.from_numpy(ids).to(device)
                 for ids in data.batch(step, ranks.RANK, ranks.RANKS))
-        # this needs tokens alone, so rows are under way before the forward pass
+        # Start to read rows of the tables. This needs token ids alone, so the rows can
+        # arrive while the first blocks compute.
         reads = model.read(x)
         loss = 0.0
-        for part in parts:
+        for part in micro_batches:
             part_reads = [read.part(part) for read in reads]
             with autocast(cfg):
-                nats = forward(x[part], y[part], part_reads)[1] / len(parts)
-            nats.backward()
-            loss += nats.detach()
+                part_loss = forward(x[part], y[part], part_reads)[1] / len(micro_batches)
+            part_loss.backward()
+            loss += part_loss.detach()
         missing = [key for key, p in model.named_parameters() if p.grad is None]
         assert not missing, f"no gradient reached {missing}"
-        # several processes: from here on all have the same loss, gradients and rows
+        # of several processes: the mean loss, gradients and loads, and all rows read
         reads = ranks.meet(loss, model, moes, reads, row_adam.tables)
-        # here, and in unique() within model.read, the program waits for a GPU
+        # this waits for a GPU, as unique() within model.read does
         loss = loss.item()
         check_finite(loss, step, path)
 
-        # ---- update
+        # ---- update. The leaf of a read holds the rows that were read, and their gradient;
+        # it is clipped together with the parameters
         leaves = [read.leaf for read in reads]
         torch.nn.utils.clip_grad_norm_([*model.parameters(), *leaves], cfg.grad_clip)
         lr = learning_rate(step, cfg)
@@ -200,8 +205,8 @@ def start(path, shape, cfg, data):
     saved = None
     if path.exists():
         saved, model = load_checkpoint(path)
-        # --steps may change, but not below those already trained; from here on the
-        # schedule is that of the new --steps
+        # --steps may change, but not below those already trained. The learning rate then
+        # follows the new --steps.
         allowed = saved["run"] | {"steps": max(cfg.steps, saved["step"])}
         differ = differences(allowed, run)
         if differ:
@@ -209,12 +214,11 @@ def start(path, shape, cfg, data):
     else:
         compress = not shape.engram or shape.engram.compress
         model = GPT(shape, canonical_ids(data.token_bytes, compress))
-    # move it, and then make optimisers of what has been moved
-    tried = torch.device(cfg.device).type in ("cpu", "cuda")
-    in_host = path.parent.name == "large" and tried
-    place(model, cfg.device, "host" if in_host else cfg.table)
-    if not tried:
+    # move it; a large table always stays in host memory
+    place(model, cfg.device, "host" if path.parent.name == "large" else cfg.table)
+    if torch.device(cfg.device).type not in ("cpu", "cuda"):
         check_rows(model, torch.from_numpy(data.batch(0)[0]))
+    # optimisers are made of what has been moved
     backbone, row_adam = optimisers(model, cfg)
     header = describe(path.parent.name, model, cfg, data)
     state = {"step": 0, "seconds": 0.0, "records": [], "header": header, "run": run,
@@ -228,13 +232,14 @@ def start(path, shape, cfg, data):
         for moments, old in zip(row_adam.state, saved["tables"], strict=True):
             for key in moments:
                 moments[key].copy_(old[key])
-        # the header stays the first one's; what begins now is added to it
-        again = {key: header[key] for key in ("command", "commit", "torch", "device")}
-        again["from_step"] = saved["step"]
-        again["steps_before"] = saved["header"]["config"]["steps"]
-        saved["header"].setdefault("resumed", []).append(again)
+        # keep the header of the first start, and add what is new now
+        resumed = {key: header[key] for key in ("command", "commit", "torch", "device")}
+        resumed["from_step"] = saved["step"]
+        resumed["steps_before"] = saved["header"]["config"]["steps"]
+        saved["header"].setdefault("resumed", []).append(resumed)
         saved["header"]["config"]["steps"] = cfg.steps
         state |= {key: saved[key] for key in ("step", "seconds", "records", "header")}
+        # after a crash the log may be ahead of the checkpoint
         if ranks.RANK == 0:
             write_log(path.with_name("log.jsonl"), state)
     ranks.share_tables(model, row_adam)
@@ -244,11 +249,11 @@ def start(path, shape, cfg, data):
 def optimisers(model, cfg):
     """Return the backbone's optimisers, AdamW and perhaps Muon, and row-wise Adam, without
     decay, for the tables."""
-    # one group per reason: matrices decay; norms, biases and taps do not
+    # AdamW: matrices decay; norms, biases and taps do not; embed_in has a rate of its own
     matrices, others, embed_in = ({"params": [], "lr_scale": 1.0} for _ in range(3))
     others["weight_decay"] = 0.0
     embed_in["lr_scale"] = cfg.embed_lr
-    # Muon's, by how many matrices stand side by side in a parameter
+    # Muon: by how many matrices stand side by side in one parameter
     muon = {parts: {"params": [], "parts": parts, "lr_scale": 1.0} for parts in (1, 2, 3)}
     for name, p in model.named_parameters():
         group = matrices
@@ -300,27 +305,6 @@ def check_finite(loss, step, path):
 
 # ---- evaluation ------------------------------------------------------------------------
 
-@contextmanager
-def watch(model):
-    """Record what each memory layer does in the forward passes within. Yield, per layer,
-    a dict of two lists: "gate", alpha [B, T] of each pass; "added", |output| / |h|."""
-    def record(layer, engram, args, out):
-        h, read = args[:2]
-        layer["added"].append(float((out.norm() / h.norm()).detach()))
-        if hasattr(engram, "gate"):      # a module that was edited may have none
-            layer["gate"].append(engram.gate(h, lookup(read)).detach().float().squeeze(-1))
-
-    seen = [{"gate": [], "added": []} for _ in model.engrams()]
-    hooks = []
-    for engram, layer in zip(model.engrams(), seen, strict=True):
-        hooks.append(engram.register_forward_hook(partial(record, layer)))
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def evaluate(model, row_adam, data, batch_size, precision):
     """Return the losses on the validation set, always the same tokens, and signs that the
     memory is alive, a number per memory layer: mean, spread and percentiles of the gate,
@@ -342,7 +326,7 @@ def evaluate(model, row_adam, data, batch_size, precision):
     return record
 
 
-def progress(state, cfg, losses, loads, spent):
+def training_record(state, cfg, losses, loads, spent):
     """Return what a log says of the training since the last evaluation. losses, loads: of
     its steps; spent: its seconds."""
     tokens = len(losses) * cfg.tokens_per_step
@@ -353,34 +337,12 @@ def progress(state, cfg, losses, loads, spent):
             "peak_bytes": peak_bytes(cfg.device)}
 
 
-# ---- files -----------------------------------------------------------------------------
-
-def describe(name, model, cfg, data):
-    """Return the first line of a log: what one needs to understand and repeat the run."""
-    # of the data: where it comes from, its sizes and hashes
-    known = {k: v for k, v in data.meta.items() if k not in ("tokenizer", "args")}
-    return {"command": shlex.join(["train.py", *sys.argv[1:]]), "model": name,
-            "config": asdict(cfg), "shape": asdict(model.cfg),
-            "accounting": accounting(model),
-            "parameters_by_kind": parameters_by_kind(model),
-            "data": {**known, "note": data.note},
-            "copyable_tokens": int(data.copyable.sum()), "passes": data.passes,
-            "commit": commit(), "python": platform.python_version(),
-            "torch": str(torch.__version__), "device": machine_name(cfg.device),
-            "threads": torch.get_num_threads()}
-
-
 def save(path, model, backbone, row_adam, state):
     """Write log and checkpoint. The log first: a checkpoint is never ahead of it."""
     write_log(path.with_name("log.jsonl"), state)
     content = {"model": model.state_dict(), "tables": row_adam.state,
                "backbone": [optimizer.state_dict() for optimizer in backbone], **state}
     write_whole(path, partial(torch.save, content))
-
-
-def write_log(path, state):
-    lines = [json.dumps(record) + "\n" for record in [state["header"], *state["records"]]]
-    write_whole(path, lambda file: file.write("".join(lines).encode()))
 
 
 # ---- the command -----------------------------------------------------------------------
@@ -404,8 +366,8 @@ def read_flags(argv):
 
 
 def checkpoints(cfg):
-    """Return {model: path of its checkpoint}, if --resume fits them. Settle --dtype."""
-    # refuse to begin again what exists
+    """Return {model: path of its checkpoint}; refuse to begin again what exists, and to
+    resume what does not. Settle cfg.dtype: timed once, then kept when a run is resumed."""
     names = ["moe", "engram", "large"] if cfg.model == "all" else [cfg.model]
     paths = {name: Path(cfg.out_dir) / name / "ckpt.pt" for name in names}
     there = [path for path in paths.values() if path.exists()]
@@ -414,8 +376,8 @@ def checkpoints(cfg):
     if cfg.resume and not there:
         fail(f"nothing to resume: there is no {paths[names[0]]}; leave out --resume")
     if cfg.dtype == "auto" and there:
-        # timed once per run: a resumed one continues as it began
-        cfg.dtype = load_checkpoint(there[0], map_file=True)[0]["run"]["dtype"]
+        saved, _ = load_checkpoint(there[0], map_file=True)
+        cfg.dtype = saved["run"]["dtype"]
     elif cfg.dtype == "auto":
         cfg.dtype = faster_dtype(cfg.device)
     for path in paths.values():
@@ -434,6 +396,7 @@ def main(argv=None):
     new_figure()
     paths = ranks.in_turn(partial(checkpoints, cfg))
     cfg.dtype = ranks.of_first(cfg.dtype)
+    # (train() loads it again, perhaps in another process)
     data = ranks.in_turn(partial(load_data, cfg, shape.block_size))
     shape.vocab_size = data.meta["vocab_size"]
     try:
@@ -444,8 +407,8 @@ def main(argv=None):
     for name in paths:
         if shapes[name].engram:
             trained = data.train[:cfg.steps * cfg.tokens_per_step]
-            share = crowding(shapes[name].engram, trained, data.token_bytes)
-            lines.append(f"{name:8s}{share} of the text share a row (above ten is crowded)")
+            n_grams = crowding(shapes[name].engram, trained, data.token_bytes)
+            lines.append(f"{name:8s}{n_grams} of the text share a row (above ten is crowded)")
     lines += [f"data    {data.name}: {cfg.steps:,} steps x {cfg.tokens_per_step:,} tokens are "
               f"{data.passes:.2f} passes over {len(data.train):,} tokens;",
               f"        validated on {data.val_y.size:,} others"]
@@ -457,8 +420,9 @@ def main(argv=None):
     # train one model after the other, or on a CPU side by side
     tell = Progress(paths, cfg.steps)
     jobs = {name: partial(train, name, shapes[name], cfg) for name in paths}
+    several = len(jobs) > 1 and torch.get_num_threads() > 1
     try:
-        if cfg.device == "cpu" and min(len(jobs), torch.get_num_threads()) > 1 == ranks.RANKS:
+        if cfg.device == "cpu" and several and ranks.RANKS == 1:
             side_by_side(jobs, tell)
         else:
             for job in jobs.values():
@@ -466,9 +430,11 @@ def main(argv=None):
         tell.bar.close()
     except KeyboardInterrupt:
         # how to go on, as a command to copy
-        message = f"before the first checkpoint (step {cfg.eval_every}); start again"
+        first = min(cfg.eval_every, cfg.steps)
+        message = f"before the first checkpoint (step {first}); start again"
         if any(path.exists() for path in paths.values()):
-            again = shlex.join(["python", *sys.argv] + ["--resume"] * (not cfg.resume))
+            flags = [] if cfg.resume else ["--resume"]
+            again = shlex.join(["python", *sys.argv, *flags])
             message = f"the last checkpoint is kept, continue with: {again}"
         print(f"\nstopped; {message}", file=sys.stderr)
         raise SystemExit(130) from None

@@ -26,10 +26,10 @@ import torch
 
 from common import default_device, fail, make_parser, new_figure, run_script, write_whole
 from engram import Engram, EngramConfig
-from model import load_checkpoint, token_losses
+from model import load_checkpoint, token_losses, watch
 from runs import differences, twin_differences
 from sample import teach
-from train import Config, autocast, load_data, watch
+from train import Config, autocast, load_data
 
 COMMITTED = Path(__file__).resolve().parent / "results"
 # how often training saw an n-gram; a bucket ends where the next begins

@@ -23,7 +23,7 @@ import train
 from common import write_whole
 from engram import Engram, EngramConfig
 from experiments import analyze, sweep
-from model import load_checkpoint
+from model import load_checkpoint, watch
 from twins import make_twins
 
 TINY = ("--n_embd 16 --n_head 2 --block_size 32 --n_layer 2 --n_expert 4 --expert_hidden 8 "
@@ -187,7 +187,7 @@ def test_gates_by_hand(pair_dirs):
     that grows with the number of groups."""
     pair = analyze.load_pair(pair_dirs[0], twin=False)
     x, canonical, found = pair.data.val_x, pair.canonical, analyze.gates(pair)
-    with torch.no_grad(), train.watch(pair.engram) as seen:
+    with torch.no_grad(), watch(pair.engram) as seen:
         pair.engram(torch.from_numpy(x))
     gate = seen[0]["gate"][0].double().numpy()
     for n in (2, 3):
