@@ -313,6 +313,10 @@ def evaluate(model, row_adam, data, batch_size, precision):
     with watch(model) as seen:
         losses = token_losses(model, data.val_x, data.val_y, batch_size, precision)
     record = data.score(losses.double().numpy())
+    if data.kinds and seen:
+        # of made-up text: what is known without the memory?
+        off = token_losses(model, data.val_x, data.val_y, batch_size, precision, memory=False)
+        record["memory_off"] = data.score(off.double().numpy())
     for layer, moments in zip(seen, row_adam.state, strict=True):
         signs = {"out_over_h": np.mean(layer["added"]),
                  "rows_touched": (moments["visits"] > 0).float().mean()}

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from common import default_device, fail, machine_name, make_parser, run_script
 from experiments.analyze import COMMITTED, STYLES, interval, points
 from experiments.analyze import draw_picture, read_results, write_results
+from experiments.tasks import (TASKS, draw_books, draw_recall, make, say_books, say_recall)
 from prepare_data import DEFAULT_MB, load, prepare
 from runs import crossing, read_log
 
@@ -101,6 +102,29 @@ MEMORY = {
     "1048576": engram_arm("--engram_rows 1048576", "1,048,576 rows per head")}
 
 
+# Made-up text, see tasks.py
+TASK = "--preset laptop --dtype float32 --data_dir data --n_embd 64 --n_head 4"
+BOOKS = (f"{TASK} --block_size 128 --batch_size 16 --n_layer 2 --n_expert 16 --expert_hidden 16 "
+         "--shared_hidden 16 --balance_step 0.001 --engram_conv_kernel 0")
+RHOS = {"1": Arm(MOE.flags, "rho 1, MoE-only twin")}
+for rho in ("0.9", "0.75", "0.5", "0.25", "0"):
+    RHOS[rho] = engram_arm(f"--rho {rho}", f"rho {rho}")
+# All experts stay here, and what is added comes on top; so these are not twins.
+RECALL = (f"{TASK} --block_size 64 --batch_size 32 --n_expert 4 --expert_hidden 64 "
+          "--shared_hidden 64 --engram_blocks 0 --engram_conv_kernel 0 --rho 0.99 "
+          "--engram_rows 4096 --conv_dilation 1")
+ADDED = {"nothing added": "--model moe",
+         "table of tokens": "--model engram --engram_orders 1 --engram_heads 8",
+         "table of n-grams": "--model engram",
+         "convolution": "--model moe --conv_in 0",
+         "n-grams and convolution": "--model engram --conv_in 0"}
+DEPTHS = {}
+for blocks in "123":
+    for added, flags in ADDED.items():
+        DEPTHS[f"{blocks} {added}"] = Arm(f"{flags} --n_layer {blocks}",
+                                          f"{blocks} block(s), {added}")
+
+
 class Sweep(NamedTuple):
     base: str                        # flags that all arms share
     arms: dict                       # {name: Arm}
@@ -119,6 +143,15 @@ class Sweep(NamedTuple):
 def sweeps():
     """Return {name: Sweep}."""
     laptop = partial(Sweep, LAPTOP)
+    # of one book alone: can the experts, or the table, learn it at all?
+    alone = {rho: RHOS[rho] for rho in ("1", "0")}
+    books = {}
+    for share in (0, 20, 50, 80, 100):
+        mixed = 0 < share < 100
+        books[f"phonebooks{share}"] = Sweep(
+            BOOKS, RHOS if mixed else alone, "1", say_books, draw_books,
+            f"Who stores the phone books, if {share} % of the entries are local?", steps=1200,
+            dataset=f"phonebooks{share}", seeds=2 if mixed else 1)
     return {
         "twins": laptop(TWINS, "moe", say_claims, draw_curves, seeds=5),
         "baselines": laptop(BASELINES, "moe", say_claims, draw_differences,
@@ -130,6 +163,10 @@ def sweeps():
         "allocation": laptop(ALLOCATION, "1", None, draw_differences,
                              "Which share of the sparse parameters should experts keep?",
                              along=True, seeds=5),
+        "recall": Sweep(RECALL, DEPTHS, "1 nothing added", say_recall, draw_recall,
+                        "How many blocks does it take to find what belongs to a name?",
+                        steps=1000, evaluations=10, dataset="recall", seeds=5),
+        **books,
         "stories": laptop(STORIES, "moe", say_claims, draw_curves, dataset="stories"),
         "rates": laptop(RATES, "moe 0.008", evaluations=4, seeds=1, first_seed=10)}
 
@@ -140,8 +177,11 @@ def settle(sweep, dataset):
     """Prepare the data. Return what all runs of a sweep share: a part of their hashes."""
     device = default_device()
     folder = sweep.base.split("--data_dir ")[1].split()[0]
-    if dataset in DEFAULT_MB and not (Path(folder) / dataset / "meta.json").exists():
-        prepare(dataset, data_dir=folder)
+    if not (Path(folder) / dataset / "meta.json").exists():
+        if dataset in DEFAULT_MB:
+            prepare(dataset, data_dir=folder)
+        elif dataset in TASKS:
+            make(dataset, folder)
     meta = load(dataset, folder)[0]
     every = -(-sweep.steps // sweep.evaluations)
     return {"flags": f"{sweep.base} --device {device} --dataset {dataset} --steps "

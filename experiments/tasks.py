@@ -1,27 +1,26 @@
 """
-Two tasks on made-up text, for what ordinary text cannot show at this size.
+Two tasks on made-up text, for what ordinary text of this size cannot show.
 
-    python -m experiments.tasks phonebooks       # who stores facts, experts or the table?
-    python -m experiments.tasks recall           # how many blocks does it take to find a name?
-    python -m experiments.tasks recall --plot    # from experiments/results, no training
-    python -m experiments.tasks recall --seeds 0 # only the data: then train.py --dataset recall
+    python -m experiments.sweep recall           # how many blocks does it take to find a name?
+    python -m experiments.sweep phonebooks50     # who stores facts, experts or the table?
+    python -m experiments.tasks phonebooks50     # the text alone, for train.py --dataset
 
-The idea: we know of each token what it takes to predict it. So we can ask of each kind of
-token by itself who has learnt it.
+The idea: we know of each token what it takes to predict it. So a log says of each kind of
+token by itself what has been learnt.
 
-Phone books. A column is a list of 64 values for 64 names; each value occurs once, so the
-column alone says nothing. A local entry is written "name column value": the 2-gram names
-it, and a table can hold it. A context entry is written "topic, 3 or 4 random tokens,
-column, value": no 2-gram or 3-gram holds both, so attention must fetch the topic, and only
-the feed-forward layers can store the value. phonebooks20 has 20 % local entries. Names (and
-topics) come in four families, and a column gives each family 16 values of its own; without
-that hint nothing learnt to fetch the topic. No entry is written twice in a sequence, so
-copying gains nothing.
+Phone books. A column lists a value for each of 64 names. A local entry is written "name,
+column, value": a 2-gram names it, so a table can hold it. A context entry is written
+"topic, 3 or 4 random tokens, column, value": no 2-gram or 3-gram holds both, so attention
+must fetch the topic, and only the feed-forward layers can store the value. In phonebooks20
+20 % of the columns are local. Each value stands in a column once, so the column alone says
+nothing. Names and topics come in four families, each with 16 values of its own in every
+column; without such a hint no model learnt to fetch the topic. No entry is written twice in
+a sequence, so copying gains nothing.
 
-Named recall. 2,000 of the 4,096 pairs of 64 tokens are names. A sequence says "name value"
-for ten names, values drawn anew, and then asks for all of them in another order. The ten
-share twelve tokens, so that one token of a name does not tell it. Only the names stay the
-same; what belongs to them must be found in the context.
+Named recall. 2,000 of the 4,096 pairs of 64 tokens are names. A sequence says "name, value"
+for ten names, with values drawn anew, and then asks for all of them in another order. The
+ten share twelve tokens, so one token of a name does not tell it. Which pairs are names
+stays the same; what belongs to them must be found in the context.
 """
 import base64
 import hashlib
@@ -32,47 +31,8 @@ from pathlib import Path
 import numpy as np
 
 from common import make_parser, run_script
-from experiments.analyze import COMMITTED, STYLES, draw_picture, interval, points
-from experiments.analyze import read_results, write_results
-from experiments.sweep import Arm, Sweep, finished_runs, home, last, run_all, settle
-from model import load_checkpoint, token_losses
+from experiments.analyze import STYLES, interval, points
 from runs import crossing
-from train import Config, autocast, load_data
-
-SHAPE = "--preset laptop --dtype float32 --data_dir data --n_embd 64 --n_head 4"
-BOOKS = (f"{SHAPE} --block_size 128 --batch_size 16 --n_layer 2 --n_expert 16 --expert_hidden 16 "
-         "--shared_hidden 16 --balance_step 0.001 --engram_conv_kernel 0")
-RECALL = (f"{SHAPE} --block_size 64 --batch_size 32 --n_expert 4 --expert_hidden 64 "
-          "--shared_hidden 64 --engram_blocks 0 --engram_conv_kernel 0 --rho 0.99 "
-          "--engram_rows 4096 --conv_dilation 1")
-RHOS = {"1": Arm("--model moe", "rho 1, MoE-only twin")}
-for rho in ("0.9", "0.75", "0.5", "0.25", "0"):
-    RHOS[rho] = Arm(f"--model engram --rho {rho}", f"rho {rho}")
-# what is added to a plain model of 1, 2 or 3 blocks
-ADDED = {"nothing": "--model moe",
-         "a table of tokens": "--model engram --engram_orders 1 --engram_heads 8",
-         "a table of n-grams": "--model engram",
-         "a convolution": "--model moe --conv_in 0",
-         "both": "--model engram --conv_in 0"}
-DEPTHS = {}
-for blocks in "123":
-    for added, flags in ADDED.items():
-        DEPTHS[f"{blocks} {added}"] = Arm(f"{flags} --n_layer {blocks}", added)
-LOCAL = (0, 20, 50, 80, 100)
-
-
-def sweeps(task):
-    """Return {name: Sweep} of a task; a name is also that of its data set."""
-    if task == "recall":
-        return {"recall": Sweep(RECALL, DEPTHS, "1 nothing", steps=1000, evaluations=10,
-                                dataset="recall", seeds=5)}
-    found = {}
-    for share in LOCAL:
-        # can the experts alone, and the table alone, learn their book at all?
-        arms = RHOS if 0 < share < 100 else {rho: RHOS[rho] for rho in ("1", "0")}
-        found[f"phonebooks{share}"] = Sweep(BOOKS, arms, "1", steps=1200, evaluations=8,
-                                            dataset=f"phonebooks{share}", seeds=2)
-    return found
 
 
 # ---- the text --------------------------------------------------------------------------
@@ -129,15 +89,15 @@ def named_recall():
     return ask + 2, ["near", "middle", "far"], draw
 
 
+# {name of a data set: what makes it}
+TASKS = {"recall": named_recall,
+         **{f"phonebooks{share}": partial(phone_books, share) for share in (0, 20, 50, 80, 100)}}
+
+
 def make(name, data_dir="data", n_tokens=2_560_000):
     """Write a data set as prepare_data does, and the kinds of its validation tokens."""
     folder = Path(data_dir) / name
-    if (folder / "meta.json").exists():
-        return
-    if name == "recall":
-        vocab_size, kinds, draw = named_recall()
-    else:
-        vocab_size, kinds, draw = phone_books(int(name.removeprefix("phonebooks")))
+    vocab_size, kinds, draw = TASKS[name]()
     folder.mkdir(parents=True, exist_ok=True)
     # a tokenizer that is never used on text: token 7 is " 7"
     tokens = [base64.b64encode(f" {i}".encode()).decode() for i in range(vocab_size - 1)]
@@ -161,23 +121,12 @@ def make(name, data_dir="data", n_tokens=2_560_000):
 
 # ---- what was learnt -------------------------------------------------------------------
 
-def switch_off(path, settings):
-    """Add to each run of NAME.json what is known with the memory switched off."""
-    content = read_results(path)
-    for run in content["runs"]:
-        checkpoint = home(settings, run["flags"], run["seed"]) / "engram" / "ckpt.pt"
-        if checkpoint.exists():
-            saved, model = load_checkpoint(checkpoint)
-            cfg = Config(**saved["header"]["config"])
-            data = load_data(cfg, model.cfg.block_size)
-            off = token_losses(model, data.val_x, data.val_y, 64, autocast(cfg), memory=False)
-            run["off"] = data.score(off.double().numpy())
-    write_results(path, content)
-
-
-def known(runs, kind, when=last):
-    """Return the share of the tokens of a kind that each run knows."""
-    return [when(run)[kind]["known"] for run in runs.values()]
+def known(runs, kind, where=None):
+    """Return the share of the tokens of a kind that each run knows at its end."""
+    ends = [run["records"][-1] for run in runs.values()]
+    if where:
+        ends = [end[where] for end in ends]
+    return [end[kind]["known"] for end in ends]
 
 
 def percent(values):
@@ -186,98 +135,73 @@ def percent(values):
     return f"{mean:.0%} ± {half:.0%}" if len(values) > 1 else f"{mean:.0%} (n=1)"
 
 
-def table_of_books(found):
-    lines = ["| book | arm | P_tot | n | loss | local known | context known | memory off: local, "
-             "context | bits stored per parameter |", "|---|---|---|---|---|---|---|---|---|"]
-    for name, (_, runs) in found.items():
-        share = int(name.removeprefix("phonebooks")) / 100
-        for arm, seeds in runs.items():
-            size = next(iter(seeds.values()))["header"]["accounting"]["P_tot"]
-            cells, off, bits = [], [], 0.0
-            for kind, part in (("local", share), ("context", 1 - share)):
-                if part > 0:
-                    cells.append(percent(known(seeds, kind)))
-                    nats = np.mean([last(run)[kind]["loss"] for run in seeds.values()])
-                    # a value has 6 bits, and 4,096 entries have one each
-                    bits += 4096 * part * max(0, 6 - nats / np.log(2)) / size
-                    if all("off" in run for run in seeds.values()):
-                        off.append(percent(known(seeds, kind, lambda run: run["off"])))
-                else:
-                    cells.append("")
-            loss = np.mean([last(run)["val_loss"] for run in seeds.values()])
-            lines.append(f"| {share:.0%} local | {RHOS[arm].title} | {size:,} | {len(seeds)} | "
-                         f"{loss:.3f} | {' | '.join(cells)} | {', '.join(off)} | {bits:.3f} |")
+def say_books(sweep, runs):
+    """Say what each arm knows of each book, and how many bits of it a parameter stores."""
+    lines, share = [], int(sweep.dataset.removeprefix("phonebooks")) / 100
+    for arm, seeds in runs.items():
+        parts, bits = [], 0.0
+        for kind, part in (("local", share), ("context", 1 - share)):
+            if part == 0:
+                continue
+            said = f"{kind} entries {percent(known(seeds, kind))} known"
+            if "moe" not in sweep.arms[arm].flags:
+                off = percent(known(seeds, kind, "memory_off"))
+                said += f" ({off} with the memory off)"
+            parts.append(said)
+            # a value is worth 6 bits, and there are 4,096 entries
+            nats = np.mean([run["records"][-1][kind]["loss"] for run in seeds.values()])
+            bits += 4096 * part * max(0, 6 - nats / np.log(2))
+        first, *_ = seeds.values()
+        bits /= first["header"]["accounting"]["P_tot"]
+        lines.append(f"{sweep.arms[arm].title}: {', '.join(parts)}; {bits:.3f} bits per parameter")
     return lines
 
 
-def table_of_recall(found):
-    lines = ["| what is added | blocks | n | known: near | middle | far | half of the middle ones "
-             "known after |", "|---|---|---|---|---|---|---|"]
-    for arm, runs in found["recall"][1].items():
-        blocks, _, added = arm.partition(" ")
-        # curves fall; so count what is not known
-        ends = []
-        for run in runs.values():
+def draw_books(axes, sweep, runs):
+    for kind, style in zip(("local", "context"), STYLES):
+        columns = [known(seeds, kind) for seeds in runs.values()]
+        points(axes, [float(arm) for arm in runs], columns, style, f"{kind} entries")
+    axes.set(xlabel="share rho of the sparse parameters that experts keep",
+             ylabel="share of the entries known", title=sweep.heading)
+    axes.legend()
+
+
+def say_recall(sweep, runs):
+    """Say what each arm answers, by distance, and when it knew half."""
+    lines = []
+    for arm, seeds in runs.items():
+        # crossing() looks for a fall, so look at what is not known
+        halves = []
+        for run in seeds.values():
             curve = [{"tokens": record["tokens"], "open": 1 - record["middle"]["known"]}
                      for record in run["records"]]
-            ends.append(crossing(curve, 0.5, "open"))
-        reached = [end for end in ends if end is not None]
-        when = f"{len(reached)} of {len(ends)} runs"
-        if reached:
-            when += f", {np.mean(reached) / 1e6:.2f}M tokens"
-        cells = [percent(known(runs, kind)) for kind in ("near", "middle", "far")]
-        lines.append(f"| {added} | {blocks} | {len(runs)} | {' | '.join(cells)} | {when} |")
+            halves.append(crossing(curve, 0.5, "open"))
+        halves = [tokens for tokens in halves if tokens is not None]
+        shares = [f"{percent(known(seeds, kind))} ({kind})" for kind in ("near", "middle", "far")]
+        line = f"{sweep.arms[arm].title}: {', '.join(shares)}"
+        if halves:
+            line += (f"; half are known after {np.mean(halves) / 1e6:.2f} million tokens in "
+                     f"{len(halves)} of {len(seeds)} runs")
+        lines.append(line)
     return lines
 
 
-def draw_books(axes, found):
-    for (name, (_, runs)), (colour, _) in zip(found.items(), STYLES):
-        if len(runs) > 2:
-            share = name.removeprefix("phonebooks")
-            for kind, line in (("local", "--"), ("context", "-")):
-                points(axes, [float(arm) for arm in runs], [known(r, kind) for r in runs.values()],
-                       (colour, line), f"{kind} entries, {share} % local")
-    axes.set(xlabel="share rho of the sparse parameters that experts keep",
-             ylabel="share of the entries known", title="Who stores the phone books?")
-    axes.legend(fontsize=8)
-
-
-def draw_recall(axes, found):
-    runs = found["recall"][1]
-    for added, style in zip(ADDED, STYLES):
-        blocks = [blocks for blocks in "123" if f"{blocks} {added}" in runs]
-        columns = [known(runs[f"{n} {added}"], "middle") for n in blocks]
-        points(axes, list(map(int, blocks)), columns, style, f"{added} is added")
+def draw_recall(axes, sweep, runs):
+    added = dict.fromkeys(arm.partition(" ")[2] for arm in runs)
+    for name, style in zip(added, STYLES):
+        blocks = [n for n in "123" if f"{n} {name}" in runs]
+        columns = [known(runs[f"{n} {name}"], "middle") for n in blocks]
+        points(axes, list(map(int, blocks)), columns, style, name)
     axes.set(xlabel="blocks", xticks=(1, 2, 3), ylabel="share of the answers known",
-             title="How many blocks does it take to find what belongs to a name?")
-    axes.legend(fontsize=8)
-
-
-TASKS = {"phonebooks": (table_of_books, draw_books), "recall": (table_of_recall, draw_recall)}
+             title=sweep.heading)
+    axes.legend()
 
 
 def main(argv=None):
-    parser = make_parser(__doc__, "python -m experiments.tasks TASK [options]")
-    parser.add_argument("task", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
-    parser.add_argument("--seeds", type=int, help="seeds per arm (default: 5 of recall, 2)")
-    parser.add_argument("--plot", action="store_true", help="train nothing; show "
-                        "experiments/results, the results that came with the code")
-    args = parser.parse_args(argv)
-    found, (table, draw) = {}, TASKS[args.task]
-    folder = COMMITTED if args.plot else Path("runs/results")
-    for name, sweep in sweeps(args.task).items():
-        path = folder / f"{name}.json"
-        if args.seeds is not None:
-            sweep = sweep._replace(seeds=args.seeds)
-        if not args.plot:
-            make(name)
-            if sweep.seeds:
-                run_all(path, sweep, sweep.arms, name)
-                switch_off(path, settle(sweep, name))
-        if path.exists():
-            found[name] = sweep, finished_runs(path, sweep)
-    print(*table(found), sep="\n")
-    draw_picture(folder / f"{args.task}.json", partial(draw, found=found))
+    parser = make_parser(__doc__, "python -m experiments.tasks NAME [options]")
+    parser.add_argument("name", choices=TASKS, metavar="NAME", help=", ".join(TASKS))
+    parser.add_argument("--data_dir", default="data", help="gets a folder NAME (default: data)")
+    make(**vars(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":
