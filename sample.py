@@ -279,6 +279,8 @@ def read_flags(argv):
     parser.add_argument("--write", nargs=2, metavar=("TRIGGER", "ANSWER"), help="before "
                         "sampling, write into the memory's rows, and nowhere else, that ANSWER "
                         "follows TRIGGER, the prompt. The checkpoint stays as it is")
+    parser.add_argument("--save", metavar="FOLDER", help="another --out_dir, for the model "
+                        "after --write")
     shade = parser.add_mutually_exclusive_group()
     shade.add_argument("--memory", action="store_true", help="shade each token by the nats "
                        "that the memory saved: the loss without it minus the loss with it")
@@ -298,6 +300,8 @@ def read_flags(argv):
     check_device(args.device)
     if args.write and args.device != "cpu":
         fail("--write works on a CPU: leave out --device")
+    if args.save and (not args.write or Path(args.save, args.model).exists()):
+        fail(f"--save {args.save}: needs --write, and a folder without a model {args.model}")
     return args
 
 
@@ -323,6 +327,10 @@ def main(argv=None):
         check_rows(model, torch.tensor([start]))
     if args.write:
         start = write_and_say(args.write[1], saved, model.eval(), enc, start)
+        if args.save:
+            new = Path(args.save) / args.model / "ckpt.pt"
+            new.parent.mkdir(parents=True)
+            write_whole(new, partial(torch.save, saved | {"model": model.state_dict()}))
     for i in range(args.num_samples):
         if i > 0:
             print("-" * 20)

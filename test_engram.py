@@ -916,7 +916,7 @@ def test_values_stand_beside_their_tokens(trained, look):
     assert f"{(off - on).sum():+.2f} nats saved in all" in printed
 
 
-def test_writing_a_fact(trained, look, refused):
+def test_writing_a_fact(trained, tmp_path, look, refused):
     """A weight or another row that moves, a token out of reach that changes, a checkpoint
     that is written over."""
     model, x = tiny_gpt(torch.float32), torch.randint(VOCAB, (5, 30))
@@ -934,7 +934,11 @@ def test_writing_a_fact(trained, look, refused):
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
     path = trained / "engram" / "ckpt.pt"
     whole = path.read_bytes()
-    assert look("--write", "w1 w2", " w3", "--max_new_tokens", 3).startswith("w1 w2")
+    how = ["--max_new_tokens", 3, "--table", "disk"]
+    text = look("--write", "w1 w2", " w3", "--save", tmp_path, *how)
+    assert text == look("--out_dir", tmp_path, "--prompt", "w1 w2", *how) != look(
+        "--prompt", "w1 w2", *how)
+    refused("needs --write", look, "--write", "w1", " w2", "--save", tmp_path)
     refused("0 tokens", look, "--write", "w1", "")
     refused("to 31", look, "--write", "w1", "x" * 99)
     look("--write", "w1 " * 40, " w3 w4 w5", "--max_new_tokens", 3)      # cropped, and fits

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from itertools import permutations
+from itertools import permutations, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +22,7 @@ import prepare_data
 import train
 from common import write_whole
 from engram import Engram, EngramConfig
-from experiments import analyze, sweep
+from experiments import analyze, sweep, tasks
 from model import load_checkpoint, watch
 from twins import make_twins
 
@@ -290,6 +290,57 @@ def test_checkpoints_that_are_not_twins(pair_dirs, corpus, tmp_path, capsys):
     train_tiny(corpus, tmp_path, "--model", "engram", "--engram_gate", "off")
     said = refused(capsys, analyze.main, "gates", "--out_dir", tmp_path)
     assert "where there is a gate" in said
+
+
+# ---- made-up text --------------------------------------------------------------------
+
+def learnt_by_heart(train, n):
+    """Return guess(text): the token that most often followed its last n in train."""
+    followers = {}
+    grams = np.lib.stride_tricks.sliding_window_view(train, n + 1).tolist()
+    for *gram, token in grams:
+        followers.setdefault(tuple(gram), Counter())[token] += 1
+    likeliest = {gram: counts.most_common(1)[0][0] for gram, counts in followers.items()}
+    return lambda text: likeliest.get(tuple(text[-n:]))
+
+
+def copied(n):
+    """Return guess(text): the token that followed when its last n stood in it before."""
+    def guess(text):
+        for at in range(len(text) - 1, n - 1, -1):
+            if text[at - n:at] == text[-n:]:
+                return text[at]
+    return guess
+
+
+def test_what_made_up_text_tells(tmp_path):
+    """An entry of the context book that a table could hold, an answer that is in the table or
+    that one token of a name tells, a book that can be copied; kinds beside other tokens."""
+    scores = {}
+    for name, T in (("phonebooks50", 128), ("recall", 64)):
+        tasks.make(name, tmp_path, n_tokens=320_000)
+        data = prepare_data.Data(name, tmp_path, T, 8, 10, 0, eval_tokens=65536)
+        assert data.val_x.shape == (65536 // T, T) and data.val_x.max() < data.meta["eot"] + 1
+        guesses = {f"table of {n}": learnt_by_heart(data.train, n) for n in (1, 2, 3)}
+        guesses |= {f"copy after {n}": copied(n) for n in (1, 2)}
+        for (kind, where), (method, guess) in product(data.kinds.items(), guesses.items()):
+            right = []
+            for row, at in np.argwhere(where)[:1500]:
+                text = data.val_x[row, :at + 1].tolist()
+                right.append(guess(text) == data.val_y[row, at])
+            scores[name, kind, method] = np.mean(right)
+    chance = 1 / 64 + 0.015
+    for (_, kind, method), score in scores.items():
+        if (kind, method) == ("local", "table of 2"):
+            assert score > 0.99
+        elif kind in ("local", "context"):
+            # a 3-gram that ends a local entry is often new
+            assert score < chance or (kind, method) == ("local", "table of 3")
+            assert score == 0 or "copy" not in method
+        elif method == "copy after 2":
+            assert score == 1
+        else:
+            assert score < (0.6 if method == "copy after 1" else chance), (kind, method)
 
 
 # ---- what stands in the README -------------------------------------------------------
