@@ -74,9 +74,9 @@ def load_pairs(folders, twin):
         if differ:
             fail(f"{', '.join(folders)} differ not in their seeds alone, but in "
                  f"{', '.join(differ)}")
-    # the twin of the next seed, for a control
-    for pair, following in zip(pairs, pairs[1:] + pairs[:1]):
-        pair.other = following.moe if following is not pair else None
+    # the twin of another seed, for a control
+    for pair, other in zip(pairs, pairs[1:] + pairs[:1]):
+        pair.other = other.moe
     return pairs
 
 
@@ -252,12 +252,11 @@ def draw_gates(axes, found):
 
 @torch.no_grad()
 def states(model, x):
-    """Return the stream [1 + n_layer, T, D] of tokens x [T]: before the first block, and
-    after each one."""
-    kept = []
-    hooks = [model.blocks[0].register_forward_pre_hook(lambda _, args: kept.append(args[0]))]
-    for block in model.blocks:
-        hooks.append(block.register_forward_hook(lambda _, args, out: kept.append(out)))
+    """Return the stream [1 + n_layer, T, D] of tokens x [T]: before each block, and before
+    the final norm."""
+    kept, hooks = [], []
+    for module in (*model.blocks, model.norm):
+        hooks.append(module.register_forward_pre_hook(lambda _, args: kept.append(args[0])))
     model.eval()(torch.as_tensor(x, device=model.embed.weight.device)[None])
     for hook in hooks:
         hook.remove()
@@ -307,7 +306,7 @@ def depth(pair):
     """Compare the layers of Engram with its twin's: how far each is from the final
     prediction (LogitLens), and where it lies among the twin's (CKA). The control is the
     twin of another seed in Engram's place."""
-    if pair.other is None:
+    if pair.other is pair.moe:
         fail("depth needs the runs of two seeds or more: name their folders by --out_dir")
     times, _ = pair.data.count(pair.sequences, 3)
     kl, batches = 0, {"all tokens": [], "recurrent 3-grams": []}
@@ -333,16 +332,18 @@ def depth(pair):
 
 
 def say_depth(found):
-    def layers(numbers, last):
-        numbers = list(numbers.values())[1:last]
-        return ", ".join(f"block {i} {says(number)}" for i, number in enumerate(numbers))
+    def by_block(numbers):
+        # the first is the embedding's
+        _, *numbers = numbers.values()
+        return [f"block {i} {says(number)}" for i, number in enumerate(numbers)]
 
+    # the last block's prediction is the final one
     lines = ["Distance of a block's output from the final prediction (KL, nats per token), "
-             f"Engram minus its twin: {layers(found['KL'], -1)}"]
+             f"Engram minus its twin: {', '.join(by_block(found['KL'])[:-1])}"]
     for where in ("all tokens", "recurrent 3-grams"):
         lines.append("Where a block of Engram lies among its twin's (CKA, in blocks), minus "
                      f"where another twin's lies, at {where}: "
-                     f"{layers(found[where]['alignment'], None)}")
+                     f"{', '.join(by_block(found[where]['alignment']))}")
     return lines
 
 
@@ -442,13 +443,11 @@ ANALYSES = {
 
 
 def write_results(path, found):
-    """Write NAME.json."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda file: file.write(json.dumps(found).encode()))
 
 
 def read_results(path):
-    """Return the content of NAME.json."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -478,10 +477,12 @@ def main(argv=None):
     path = Path(args.results or folder) / f"{args.name}.json"
     if not args.plot:
         pairs = load_pairs(args.out_dir, twin=args.name in ("knockout", "depth"))
-        found = [find(pair) for pair in pairs]
-        # zipf looks at the text alone, and pairs of different seeds have the same one
-        found = found[0] if args.name == "zipf" else over_pairs(found)
         headers = [pair.saved["header"] for pair in pairs]
+        if args.name == "zipf":
+            # it looks at the text alone, which is the same for all seeds
+            found = zipf(pairs[0])
+        else:
+            found = over_pairs([find(pair) for pair in pairs])
         write_results(path, {"headers": headers, **found})
     found = read_results(path)
     print(*say(found), f"numbers: {path}", sep="\n")
