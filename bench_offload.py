@@ -14,9 +14,7 @@ one, the worst case). Ratios and differences are taken within a round. Without a
 and device memory are the same RAM, so a link is SIMULATED: a gather takes at least bytes /
 --link_gbps.
 
-In a table: tokens/s is the median of the rounds, with percentiles. lost: throughput against
-no Engram, with the 95 % interval of its median. added: resident over no Engram, the others
-over resident; predicted: the same, before anything is compared. on device: bytes there.
+experiments/README.md says what the columns of a table mean.
 """
 import json
 import time
@@ -76,19 +74,19 @@ class Bench:
 
     def __init__(self, setup, device, rows, gbps):
         """rows: of the table. gbps: speed of the simulated link, 0 for none."""
-        self.device, self.dtype, self.gbps = device, setup["dtype"], gbps
+        self.device, self.gbps, dtype = device, gbps, setup["dtype"]
         # use() puts our memory in the place of the backbone's, which has one row
         self.cfg = GPTConfig(**setup["shape"], n_expert=0, block_size=1024,
                              engram=EngramConfig(rows=1))
         V, self.at = self.cfg.vocab_size, 1
         with torch.device(device):
-            self.model = GPT(self.cfg, np.arange(V)).to(self.dtype).eval()
+            self.model = GPT(self.cfg, np.arange(V)).to(dtype).eval()
         cfg = EngramConfig(heads=8, width=setup["width"], rows=rows // 16)
         self.engram = Engram(cfg, 1, self.cfg.n_embd, V, V - 1, "meta")
         shape, self.engram.table = self.engram.table.shape, None
-        self.engram.to(device, self.dtype)
+        self.engram.to(device, dtype)
         # write every page: those that never were written are all one page of zeros
-        host = torch.full(shape, 0.02, dtype=self.dtype)
+        host = torch.full(shape, 0.02, dtype=dtype)
         # on a CPU, the resident table is the same one
         self.arms = {WITHOUT: None, RESIDENT: (host.to(device), None),
                      SYNCHRONOUS: (host, SlowFetch(False, gbps)),
@@ -233,11 +231,11 @@ def compare(bench, what, work, n, shapes, passes=1):
     p, tokens = predict(bench, n, shapes), sum(B * T for B, T in shapes)
     table = bench.arms[PREFETCHED][0]
     # what is predicted is printed before anything is measured
+    size = f"{p['bytes'] / tokens:,.0f} B per token, {p['bytes'] / 1e6:.2f} MB"
     lines = [f"{what}, n={n}; table of {len(table):,} rows = {table.numel():,} parameters, "
              f"{table.nbytes / 1e6:,.0f} MB",
-             f"  predicted: {p['bytes'] / tokens:,.0f} B per token, "
-             f"{p['bytes'] / 1e6:.2f} MB, {describe_link(bench.gbps)}: "
-             f"{p['transfer_ms']:.2f} ms; compute before the memory {p['before_ms']:.2f} ms",
+             f"  predicted: {size}, {describe_link(bench.gbps)}: {p['transfer_ms']:.2f} ms; "
+             f"compute before the memory {p['before_ms']:.2f} ms",
              f"  {'':18s}{'tokens/s':>9s}{'p10':>8s}{'p90':>8s}{'lost, % (95 %)':>23s}"
              f"{'added ms':>9s}{'predicted':>10s}{'on device':>13s}"]
     print("", *lines, sep="\n", flush=True)
@@ -252,7 +250,8 @@ def compare(bench, what, work, n, shapes, passes=1):
         speed = np.percentile(tokens / ms * 1e3, (50, 10, 90)).tolist()
         lost = interval_of_median(100 - 100 * without / ms)
         exposed = interval_of_median(100 - 100 * resident / ms)
-        added, (should, held) = interval_of_median(ms - base), expected[arm]
+        added = interval_of_median(ms - base)
+        should, held = expected[arm]
         arms[arm] = {"tokens_per_s": speed, "lost_percent": lost,
                      "lost_to_resident_percent": exposed, "added_ms": added,
                      "predicted_ms": should, "bytes_on_device": held,
@@ -260,8 +259,8 @@ def compare(bench, what, work, n, shapes, passes=1):
         columns = ("  {:18s}{:9,.0f}{:8,.0f}{:8,.0f}{:6.1f} ({:5.1f} to {:5.1f})"
                    "{:9.2f}{:10.2f}{:10,.1f} MB")
         lines.append(columns.format(arm, *speed, *lost, added[0], should, held / 1e6))
-    # the last arm was the prefetched one
-    memory, (middle, low, high) = arms[RESIDENT]["lost_percent"][0], exposed
+    memory = arms[RESIDENT]["lost_percent"][0]
+    middle, low, high = arms[PREFETCHED]["lost_to_resident_percent"]
     lines.append(f"  the memory itself costs {memory:.1f} %, the transfer that a prefetch "
                  f"leaves exposed {middle:.1f} % ({low:.1f} to {high:.1f})")
     print(*lines[3:], sep="\n", flush=True)

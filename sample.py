@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from common import fail, make_parser, new_figure, run_script, write_whole
-from engram import RowAdam, with_gradient
+from engram import RowAdam
 from flags import check_device
 from offload import check_rows, place
 from prepare_data import encode_text, encoding, load
@@ -69,8 +69,9 @@ def write(args, model, enc, start, seed):
     # the end of text before the prompt is not shown
     print(enc.decode(start).removeprefix("<|endoftext|>"), end="", flush=True)
     made, began = [], time.perf_counter()
-    how = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k")}
-    for token, text in complete(model, enc, start, seed, **how):
+    pairs = complete(model, enc, start, seed, max_new_tokens=args.max_new_tokens,
+                     temperature=args.temperature, top_k=args.top_k)
+    for token, text in pairs:
         made.append(token)
         print(text, end="", flush=True)
     print(flush=True)
@@ -131,26 +132,22 @@ def show(args, model, enc, ids):
 
 # ---- writing into the memory -------------------------------------------------------------
 
-def row_numbers(model, idx):
-    return [engram.hash(model.canonical[idx]) for engram in model.engrams()]
-
-
-def write_fact(model, trigger, answer, steps=15, lr=0.3):
-    """Have the memory say that the tokens answer follow the tokens trigger: steps of RowAdam
-    on the rows that the tokens before each token of the answer read, all else frozen. Return
-    these rows, a tensor per memory layer."""
+def write_fact(model, trigger, answer):
+    """Have the memory say that the tokens answer follow the tokens trigger: 15 steps of
+    RowAdam on the rows that the tokens before each token of the answer read, all else
+    frozen. Return these rows, a tensor per memory layer."""
     idx, at = torch.tensor([trigger + answer[:-1]]), len(trigger) - 1
-    tables = [engram.table for engram in model.engrams()]
-    rows, row_adam = [ids[0, at:].unique() for ids in row_numbers(model, idx)], RowAdam(tables)
-    for _ in range(steps):
+    rows = [engram.hash(model.canonical[idx])[0, at:].unique() for engram in model.engrams()]
+    row_adam = RowAdam([engram.table for engram in model.engrams()])
+    for _ in range(15):
         reads = model.read(idx)
         logits = model(idx, reads=reads)[0][0, at:]
         loss = F.cross_entropy(logits, torch.tensor(answer))
         grads = torch.autograd.grad(loss, [read.leaf for read in reads])
-        mine = []
-        for table, ids, read, grad in zip(tables, rows, reads, grads, strict=True):
-            mine.append(with_gradient(table, ids, grad[torch.isin(read.row_ids, ids)]))
-        row_adam.step(mine, lr)
+        for ids, read, grad in zip(rows, reads, grads, strict=True):
+            # where the gradient is 0 a row stays as it is, bit for bit
+            read.leaf.grad = grad * torch.isin(read.row_ids, ids)[:, None]
+        row_adam.step(reads, lr=0.3)
     return rows
 
 
@@ -168,20 +165,21 @@ def teach(model, trigger, answer, x):
     p_before, before = look()
     rows = write_fact(model, trigger, answer)
     p_after, after = look()
-    reads = [torch.isin(ids, mine).any(-1) for ids, mine in zip(row_numbers(model, x), rows)]
-    reads = torch.stack(reads).any(0)
+    reads = torch.zeros_like(x, dtype=torch.bool)
+    for engram, mine in zip(model.engrams(), rows):
+        reads |= torch.isin(engram.hash(model.canonical[x]), mine).any(-1)
     # attention and the convolution carry a change to what follows in the context
     return (p_before, p_after, reads, reads.cummax(1).values, (before != after).any(-1),
             before.argmax(-1) != after.argmax(-1))
 
 
-def held_out(saved, T, n=32):
-    """Return n sequences of T validation tokens of a run."""
+def held_out(saved, T):
+    """Return sequences of T validation tokens of a run, up to 32."""
     header = saved["header"]
     meta, _, val = load(header["data"]["name"], header["config"]["data_dir"])
     if meta["val"]["sha256"] != saved["run"]["val data"]:
         fail(f"{meta['name']} is not what this model was trained on: prepare it as it was")
-    n = min(n, len(val) // T)
+    n = min(32, len(val) // T)
     return torch.from_numpy(val[:n * T].astype(np.int64)).view(n, T)
 
 

@@ -17,7 +17,6 @@ Letters: B sequences of T validation tokens.
 import json
 import statistics
 from copy import copy, deepcopy
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -75,9 +74,9 @@ def load_pairs(folders, twin):
         if differ:
             fail(f"{', '.join(folders)} differ not in their seeds alone, but in "
                  f"{', '.join(differ)}")
-    # the twin of the next seed, for a control
-    for pair, following in zip(pairs, pairs[1:] + pairs[:1]):
-        pair.other = following.moe if following is not pair else None
+    # the twin of another seed, for a control
+    for pair, other in zip(pairs, pairs[1:] + pairs[:1]):
+        pair.other = other.moe
     return pairs
 
 
@@ -196,19 +195,25 @@ def explained(groups, values):
     return float(1 - inner / values.var(ddof=1))
 
 
-def as_read(pair):
-    """Return the pair's data as its memory reads them, in canonical ids."""
-    data, canonical = copy(pair.data), pair.canonical
-    data.train = canonical[data.train]
-    data.val_x, data.val_y = canonical[data.val_x], canonical[data.val_y]
-    return data
-
-
-def what_explains(pair, read, gate):
-    """Return how much of the gate's variance the token, the canonical n-gram and the n-gram
-    as written explain."""
-    order, data = pair.engram.cfg.engram.orders[-1], pair.data
+def gates(pair):
+    """Find out when the gate opens: by how often training saw the canonical n-gram that is
+    read, and by how much of the gate's variance the token, the canonical n-gram and the
+    n-gram as written explain."""
+    cfg, data = pair.engram.cfg.engram, pair.data
+    if cfg.gate == "off" or cfg.orders[0] == 1:
+        fail("gates are analysed where there is a gate, and no n-gram order below 2")
+    with watch(pair.engram) as seen:
+        losses(pair, pair.engram)
+    layers = [torch.cat(layer["gate"]).cpu().double().numpy() for layer in seen]
+    # the mean of the memory layers [B, T]
+    gate = np.mean(layers, axis=0)
+    found = {"mean": float(gate.mean()), "sd": float(gate.std())}
+    # the data as the memory reads them, in canonical ids
+    read = copy(data)
+    read.train = pair.canonical[data.train]
+    read.val_x, read.val_y = pair.canonical[data.val_x], pair.canonical[data.val_y]
     # at each token but the first ones; the last n-gram ends in a target, which has no gate
+    order = cfg.orders[-1]
     written = data.grams(data.val_x, data.val_y, order)[:, :-1]
     groups = {"by the token": read.val_x[:, order - 1:],
               "by the n-gram": read.grams(read.val_x, read.val_y, order)[:, :-1],
@@ -216,23 +221,8 @@ def what_explains(pair, read, gate):
     # the same tokens for all three: those whose n-gram recurs
     _, group, size = np.unique(written, return_inverse=True, return_counts=True)
     recurs = size[group].reshape(written.shape) > 1
-    values = gate[:, order - 1:][recurs]
-    return {name: explained(ids[recurs], values) for name, ids in groups.items()}
-
-
-def gates(pair):
-    """Find out when the gate opens: by how often training saw the canonical n-gram that is
-    read, and by what explains the gate's variance."""
-    cfg = pair.engram.cfg.engram
-    if cfg.gate == "off" or cfg.orders[0] == 1:
-        fail("gates are analysed where there is a gate, and no n-gram order below 2")
-    with watch(pair.engram) as seen:
-        losses(pair, pair.engram)
-    layers = [torch.cat(layer["gate"]).cpu().double().numpy() for layer in seen]
-    # the mean of the memory layers [B, T]
-    gate, read = np.mean(layers, axis=0), as_read(pair)
-    found = {"mean": float(gate.mean()), "sd": float(gate.std()),
-             **what_explains(pair, read, gate)}
+    for name, ids in groups.items():
+        found[name] = explained(ids[recurs], gate[:, order - 1:][recurs])
     for order in cfg.orders:
         # counts are of targets, and the target before a token's own is that token
         times, _ = read.count(pair.sequences, order)
@@ -240,15 +230,9 @@ def gates(pair):
     return found
 
 
-def tables_of(found):
-    """Return {"2-grams": ..., "3-grams": ...} of what was found."""
-    return {name: table["by count"] for name, table in found.items()
-            if name.endswith("-grams")}
-
-
 def say_gates(found):
-    # the largest order
-    name = list(tables_of(found))[-1].removesuffix("s")
+    # the largest order is the last one found
+    name = list(found)[-1].removesuffix("s")
     mean, sd, token, gram, written = (found[key]["mean"] for key in (
         "mean", "sd", "by the token", "by the n-gram", "by its writing too"))
     return [f"The gate is {mean:.2f} on average (sd {sd:.2f} between tokens). Where a "
@@ -258,22 +242,22 @@ def say_gates(found):
 
 
 def draw_gates(axes, found):
-    draw_buckets(axes, tables_of(found))
+    draw_buckets(axes, {name: table["by count"] for name, table in found.items()
+                        if name.endswith("-grams")})
     axes.set(xlabel="times training read the n-gram", ylabel="mean gate", ylim=(0, 1),
              title="How far the gate opens, by how often training read the n-gram")
 
 
 # ---- depth: is the prediction there earlier? -----------------------------------------
 
+@torch.no_grad()
 def states(model, x):
-    """Return the stream [1 + n_layer, T, D] of tokens x [T]: before the first block, and
-    after each one."""
-    kept = []
-    hooks = [model.blocks[0].register_forward_pre_hook(lambda _, args: kept.append(args[0]))]
-    for block in model.blocks:
-        hooks.append(block.register_forward_hook(lambda _, args, out: kept.append(out)))
-    with torch.no_grad():
-        model.eval()(torch.as_tensor(x, device=model.embed.weight.device)[None])
+    """Return the stream [1 + n_layer, T, D] of tokens x [T]: before each block, and before
+    the final norm."""
+    kept, hooks = [], []
+    for module in (*model.blocks, model.norm):
+        hooks.append(module.register_forward_pre_hook(lambda _, args: kept.append(args[0])))
+    model.eval()(torch.as_tensor(x, device=model.embed.weight.device)[None])
     for hook in hooks:
         hook.remove()
     return torch.cat(kept)
@@ -306,31 +290,37 @@ def alignment(similar):
     return (weights * index).sum(1) / weights.sum(1)
 
 
+def distances(model, layers):
+    """Return, for each layer, the mean KL (nats per token) of what the model would predict
+    from it from what it does predict."""
+    logp = (model.norm(layers) @ model.embed.weight.T).log_softmax(-1)
+    return (logp[-1].exp() * (logp[-1] - logp)).sum(-1).mean(1)
+
+
 def by_layer(values):
     return {str(i): float(value) for i, value in enumerate(values)}
 
 
+@torch.no_grad()
 def depth(pair):
     """Compare the layers of Engram with its twin's: how far each is from the final
     prediction (LogitLens), and where it lies among the twin's (CKA). The control is the
     twin of another seed in Engram's place."""
-    if pair.other is None:
+    if pair.other is pair.moe:
         fail("depth needs the runs of two seeds or more: name their folders by --out_dir")
     times, _ = pair.data.count(pair.sequences, 3)
-    kl, batches = {"engram": 0, "moe": 0}, {}
+    kl, batches = 0, {"all tokens": [], "recurrent 3-grams": []}
     for x, seen in zip(pair.data.val_x, times):
         own, twin, other = (states(m, x) for m in (pair.engram, pair.moe, pair.other))
-        for name, model, layers in (("engram", pair.engram, own), ("moe", pair.moe, twin)):
-            logp = torch.nn.functional.linear(model.norm(layers), model.embed.weight).detach()
-            logp = logp.log_softmax(-1)
-            kl[name] += (logp[-1].exp() * (logp[-1] - logp)).sum(-1).mean(1) / len(times)
+        kl += distances(pair.engram, own) - distances(pair.moe, twin)
+        batches["all tokens"].append((own, twin, other))
         # tokens that end a 3-gram which training has seen ten times (the count is a target's)
         recur = np.flatnonzero(seen[:-1] >= 10) + 1
-        for where, some in (("all tokens", np.arange(len(x))), ("recurrent 3-grams", recur)):
-            if len(some) > 3:
-                batches.setdefault(where, []).append((own[:, some], twin[:, some],
-                                                      other[:, some]))
-    found = {"KL": by_layer(kl["engram"] - kl["moe"])}
+        # HSIC needs four
+        if len(recur) > 3:
+            batches["recurrent 3-grams"].append((own[:, recur], twin[:, recur],
+                                                 other[:, recur]))
+    found = {"KL": by_layer(kl / len(times))}
     for where, parts in batches.items():
         engram = cka([(own, twin) for own, twin, _ in parts])
         control = cka([(other, twin) for _, twin, other in parts])
@@ -342,16 +332,18 @@ def depth(pair):
 
 
 def say_depth(found):
-    def layers(numbers, last):
-        numbers = list(numbers.values())[1:last]
-        return ", ".join(f"block {i} {says(number)}" for i, number in enumerate(numbers))
+    def by_block(numbers):
+        # the first is the embedding's
+        _, *numbers = numbers.values()
+        return [f"block {i} {says(number)}" for i, number in enumerate(numbers)]
 
+    # the last block's prediction is the final one
     lines = ["Distance of a block's output from the final prediction (KL, nats per token), "
-             f"Engram minus its twin: {layers(found['KL'], -1)}"]
+             f"Engram minus its twin: {', '.join(by_block(found['KL'])[:-1])}"]
     for where in ("all tokens", "recurrent 3-grams"):
         lines.append("Where a block of Engram lies among its twin's (CKA, in blocks), minus "
                      f"where another twin's lies, at {where}: "
-                     f"{layers(found[where]['alignment'], None)}")
+                     f"{', '.join(by_block(found[where]['alignment']))}")
     return lines
 
 
@@ -373,19 +365,21 @@ def draw_depth(axes, found):
 
 # ---- facts: what does writing into the memory disturb? -------------------------------
 
-def facts(pair, n=50):
-    """Write n facts, each into the table as it was: after eight tokens of the validation
+def facts(pair):
+    """Write 50 facts, each into the table as it was: after eight tokens of the validation
     text comes a random token. Count how often that token becomes the likeliest, and what
     changes in 32 other contexts."""
     half = len(pair.data.val_x) // 2
-    triggers, x = pair.data.val_x[:min(n, half), :8], torch.from_numpy(pair.data.val_x[half:][:32])
-    answers, found = np.random.default_rng(0).integers(len(pair.data.bytes), size=n), []
-    for trigger, answer in zip(triggers.tolist(), answers.tolist()):
+    triggers = pair.data.val_x[:half, :8].tolist()
+    x = torch.from_numpy(pair.data.val_x[half:][:32])
+    answers = np.random.default_rng(0).integers(len(pair.data.bytes), size=50).tolist()
+    found = []
+    for trigger, answer in zip(triggers, answers):
         model = deepcopy(pair.engram)
-        before, after, reads, _, changed, other = teach(model, trigger, [answer], x)
+        before, after, *what = teach(model, trigger, [answer], x)
+        reads, _, changed, other = (some.sum().item() * 1000 / x.numel() for some in what)
         best = model(torch.tensor([trigger]))[0][0, -1].argmax() == answer
-        found.append([best, before, after, *(float(some.sum()) * 1000 / x.numel()
-                                             for some in (reads, changed, other))])
+        found.append([best, before, after, reads, changed, other])
     names = ("likeliest", "before", "after", "reads", "changed", "other")
     return dict(zip(names, np.mean(found, axis=0).tolist())) | {"facts": len(found)}
 
@@ -449,23 +443,21 @@ ANALYSES = {
 
 
 def write_results(path, found):
-    """Write NAME.json."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lambda file: file.write(json.dumps(found).encode()))
 
 
 def read_results(path):
-    """Return the content of NAME.json."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
         fail(f"{path} is damaged ({error}): run without --plot")
 
 
-def draw_picture(path, draw):
+def draw_picture(path, draw, *what):
     """Draw NAME.png beside NAME.json."""
     figure = new_figure(figsize=(7.5, 4.5))
-    draw(figure.subplots())
+    draw(figure.subplots(), *what)
     path = path.with_suffix(".png")
     write_whole(path, lambda file: figure.savefig(file, dpi=110, format="png"))
     print(f"picture: {path}")
@@ -485,15 +477,17 @@ def main(argv=None):
     path = Path(args.results or folder) / f"{args.name}.json"
     if not args.plot:
         pairs = load_pairs(args.out_dir, twin=args.name in ("knockout", "depth"))
-        found = [find(pair) for pair in pairs]
-        # zipf looks at the text alone, and pairs of different seeds have the same one
-        found = found[0] if args.name == "zipf" else over_pairs(found)
         headers = [pair.saved["header"] for pair in pairs]
+        if args.name == "zipf":
+            # it looks at the text alone, which is the same for all seeds
+            found = zipf(pairs[0])
+        else:
+            found = over_pairs([find(pair) for pair in pairs])
         write_results(path, {"headers": headers, **found})
     found = read_results(path)
     print(*say(found), f"numbers: {path}", sep="\n")
     if draw:
-        draw_picture(path, partial(draw, found=found))
+        draw_picture(path, draw, found)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,10 +31,10 @@ import torch
 from tqdm import tqdm
 
 from common import default_device, fail, machine_name, make_parser, run_script
-from experiments.analyze import COMMITTED, STYLES, interval, points
-from experiments.analyze import draw_picture, read_results, write_results
-from experiments.tasks import (TASKS, draw_books, draw_recall, make, say_books, say_recall)
-from prepare_data import DEFAULT_MB, load, prepare
+from experiments.analyze import (COMMITTED, STYLES, draw_picture, interval, points,
+                                 read_results, write_results)
+from experiments.tasks import TASKS, draw_books, draw_recall, make, say_books, say_recall
+from prepare_data import find, load
 from runs import crossing, read_log
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,7 +107,7 @@ MEMORY = {
 TASK = "--preset laptop --dtype float32 --data_dir data --n_embd 64 --n_head 4"
 BOOKS = (f"{TASK} --block_size 128 --batch_size 16 --n_layer 2 --n_expert 16 --expert_hidden 16 "
          "--shared_hidden 16 --balance_step 0.001 --engram_conv_kernel 0")
-RHOS = {"1": Arm(MOE.flags, "rho 1, MoE-only twin")}
+RHOS = {"1": ALLOCATION["1"]}
 for rho in ("0.9", "0.75", "0.5", "0.25", "0"):
     RHOS[rho] = engram_arm(f"--rho {rho}", f"rho {rho}")
 # All experts stay here, and what is added comes on top; so these are not twins.
@@ -118,11 +119,10 @@ ADDED = {"nothing added": "--model moe",
          "table of n-grams": "--model engram",
          "convolution": "--model moe --conv_in 0",
          "n-grams and convolution": "--model engram --conv_in 0"}
-DEPTHS = {}
-for blocks in "123":
-    for added, flags in ADDED.items():
-        DEPTHS[f"{blocks} {added}"] = Arm(f"{flags} --n_layer {blocks}",
-                                          f"{blocks} block(s), {added}")
+DEPTHS = {f"{blocks} {added}": Arm(f"{flags} --n_layer {blocks}",
+                                   f"{blocks} block(s), {added}")
+          for blocks in "123"
+          for added, flags in ADDED.items()}
 
 
 class Sweep(NamedTuple):
@@ -173,18 +173,16 @@ def sweeps():
 
 # ---- runs ----------------------------------------------------------------------------
 
-def settle(sweep, dataset):
+def settle(sweep):
     """Prepare the data. Return what all runs of a sweep share: a part of their hashes."""
     device = default_device()
     folder = sweep.base.split("--data_dir ")[1].split()[0]
-    if not (Path(folder) / dataset / "meta.json").exists():
-        if dataset in DEFAULT_MB:
-            prepare(dataset, data_dir=folder)
-        elif dataset in TASKS:
-            make(dataset, folder)
-    meta = load(dataset, folder)[0]
+    if sweep.dataset in TASKS and not (Path(folder) / sweep.dataset / "meta.json").exists():
+        make(sweep.dataset, folder)
+    find(sweep.dataset, data_dir=folder)
+    meta = load(sweep.dataset, folder)[0]
     every = -(-sweep.steps // sweep.evaluations)
-    return {"flags": f"{sweep.base} --device {device} --dataset {dataset} --steps "
+    return {"flags": f"{sweep.base} --device {device} --dataset {sweep.dataset} --steps "
                      f"{sweep.steps} --eval_every {every}",
             "data": [meta[split]["sha256"] for split in ("train", "val")],
             "torch": str(torch.__version__), "device": machine_name(device)}
@@ -232,9 +230,9 @@ def collect(path, settings, sweep):
     write_results(path, {"name": path.stem, "settings": settings, "runs": runs})
 
 
-def run_all(path, sweep, wanted, dataset):
+def run_all(path, sweep, wanted):
     """Train what is missing of the wanted arms, and write path after each run."""
-    settings = settle(sweep, dataset)
+    settings = settle(sweep)
     collect(path, settings, sweep)
     seeds = range(sweep.first_seed, sweep.first_seed + sweep.seeds)
     pool = ThreadPoolExecutor(2 if "--device cpu" in settings["flags"] else 1)
@@ -310,8 +308,9 @@ def say_claims(sweep, runs):
     """Say what each difference is worth, and where Engram passes its twin's last loss."""
     lines = []
     for arm, other, claim in CLAIMS:
-        if arm in runs and other in runs:
-            lines.append(f"{claim}: {verdict(gaps(runs, arm, other))}")
+        values = gaps(runs, arm, other)
+        if values:
+            lines.append(f"{claim}: {verdict(values)}")
     shares = []
     for seed, run in runs.get("engram", {}).items():
         if seed in runs["moe"]:
@@ -334,7 +333,7 @@ def say_memory(sweep, runs):
         losses = [last(seeds[seed])["val_loss"] for seeds in runs.values()]
         slopes.append(float(np.polyfit(doublings, losses, 1)[0]))
     steps = []
-    for before, arm in zip(list(runs)[:-1], list(runs)[1:]):
+    for before, arm in pairwise(runs):
         width = np.log2(int(arm) / int(before))
         steps.append(verdict([gap / width for gap in gaps(runs, arm, before)]))
     return [f"Loss per doubling of the rows: {verdict(slopes)}; from point to point: "
@@ -384,12 +383,11 @@ def draw_differences(axes, sweep, runs):
 
 def finished_runs(path, sweep):
     """Return {arm: {seed: run}} of NAME.json, in the order of the sweep's arms."""
-    runs = {arm: {} for arm in sweep.arms}
-    for run in read_results(path)["runs"]:
-        # an arm that is no more is left out
-        if run["arm"] in runs:
-            runs[run["arm"]][run["seed"]] = run
-    runs = {arm: seeds for arm, seeds in runs.items() if seeds}
+    found, runs = read_results(path)["runs"], {}
+    for arm in sweep.arms:
+        seeds = {run["seed"]: run for run in found if run["arm"] == arm}
+        if seeds:
+            runs[arm] = seeds
     if sweep.reference not in runs or len(runs) < 2:
         fail(f"{path} has no finished pair of {sweep.reference} and another arm: it has "
              f"{', '.join(runs) or 'none'}")
@@ -400,7 +398,7 @@ def main(argv=None):
     parser = make_parser(__doc__, "python -m experiments.sweep NAME [options]")
     add = parser.add_argument
     add("name", choices=sweeps(), metavar="NAME", help=", ".join(sweeps()))
-    add("--seeds", type=int, help="seeds per arm (default: 3; 1 where rates are chosen)")
+    add("--seeds", type=int, help="seeds per arm (default: the sweep's own)")
     add("--arms", nargs="+", help="train only these and the reference (default: all)")
     add("--steps", type=int, help="steps per run (default: the sweep's own)")
     add("--dataset", help="prepared if need be (default: the sweep's own)")
@@ -410,7 +408,8 @@ def main(argv=None):
     add("--results", help="folder of NAME.json and NAME.png (default: runs/results)")
     args = parser.parse_args(argv)
     sweep = sweeps()[args.name]
-    sweep = sweep._replace(seeds=args.seeds or sweep.seeds, steps=args.steps or sweep.steps)
+    sweep = sweep._replace(seeds=args.seeds or sweep.seeds, steps=args.steps or sweep.steps,
+                           dataset=args.dataset or sweep.dataset)
     folder = Path(args.results or (COMMITTED if args.plot else "runs/results"))
     path = folder / f"{args.name}.json"
     if not args.plot:
@@ -419,7 +418,7 @@ def main(argv=None):
         wanted = dict.fromkeys([sweep.reference, *(args.arms or sweep.arms)])
         if not wanted.keys() <= sweep.arms.keys():
             fail(f"--arms: {args.name} has {', '.join(sweep.arms)}")
-        run_all(path, sweep, wanted, args.dataset or sweep.dataset)
+        run_all(path, sweep, wanted)
     if args.reference:
         sweep = sweep._replace(reference=args.reference, say=None, draw=None)
     runs = finished_runs(path, sweep)
@@ -428,7 +427,7 @@ def main(argv=None):
         print("", *sweep.say(sweep, runs), sep="\n")
     print(f"runs: {path}")
     if sweep.draw:
-        draw_picture(path, partial(sweep.draw, sweep=sweep, runs=runs))
+        draw_picture(path, sweep.draw, sweep, runs)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """
 Two tasks on made-up text, for what ordinary text of this size cannot show.
 
-    python -m experiments.sweep recall           # how many blocks does it take to find a name?
-    python -m experiments.sweep phonebooks50     # who stores facts, experts or the table?
-    python -m experiments.tasks phonebooks50     # the text alone, for train.py --dataset
+    python -m experiments.sweep recall         # how many blocks does it take to find a name?
+    python -m experiments.sweep phonebooks50   # who stores facts, experts or the table?
+    python -c "from experiments.tasks import make; make('recall')"       # the text alone
 
 The idea: we know of each token what it takes to predict it. So a log says of each kind of
 token by itself what has been learnt.
@@ -18,9 +18,8 @@ column; without such a hint no model learnt to fetch the topic. No entry is writ
 a sequence, so copying gains nothing.
 
 Named recall. 2,000 of the 4,096 pairs of 64 tokens are names. A sequence says "name, value"
-for ten names, with values drawn anew, and then asks for all of them in another order. The
-ten share twelve tokens, so one token of a name does not tell it. Which pairs are names
-stays the same; what belongs to them must be found in the context.
+for ten of them, and then asks for all ten in another order. Names stay, but values are drawn
+anew. The ten share twelve tokens, so one token of a name does not tell it.
 """
 import base64
 import hashlib
@@ -30,68 +29,69 @@ from pathlib import Path
 
 import numpy as np
 
-from common import make_parser, run_script
 from experiments.analyze import STYLES, interval, points
 from runs import crossing
 
 
 # ---- the text --------------------------------------------------------------------------
 
-def phone_books(share, columns=64):
-    """Return the size of the vocabulary, the kinds of tokens, and draw(rng): a sequence of 128
-    tokens, and for each the number of its kind, 0 for those that no one can know."""
-    rng, book = np.random.default_rng(1), np.zeros((columns, 64), int)
+def phone_books(share):
+    """Return the size of the vocabulary, the kinds of tokens, and draw(rng): a sequence of
+    128 tokens, and for each the number of its kind, 0 for those that no one can know."""
+    rng = np.random.default_rng(1)
+    book = np.zeros((64, 64), int)
     for column in book:
         for family in range(4):
             column[family::4] = 16 * family + rng.permutation(16)
-    # ids: 64 values, 64 names, 64 topics, the columns, 63 fillers, end of text
-    name, topic, first, filler = 64, 128, 192, 192 + columns
-    n_local = round(share / 100 * columns)
+    n_local = round(share / 100 * 64)
+    # ids: 64 values, 64 names, 64 topics, 64 columns, 63 fillers, end of text
+    name, topic, first_column, filler = 64, 128, 192, 256
 
     def draw(rng):
         ids, kinds = [], []
-        for entry in rng.permutation(columns * 64)[:43].tolist():
+        # an entry has three tokens or more, so 43 of them fill a sequence
+        for entry in rng.permutation(64 * 64)[:43].tolist():
             column, who = divmod(entry, 64)
             if column < n_local:
-                before = [name + who]
+                before, kind = [name + who], 1
             else:
                 between = filler + rng.integers(63, size=3 + rng.integers(2))
-                before = [topic + who, *between.tolist()]
-            ids += [*before, first + column, int(book[column, who])]
-            kinds += [0] * (len(before) + 1) + [1 if column < n_local else 2]
+                before, kind = [topic + who, *between], 2
+            ids += [*before, first_column + column, book[column, who]]
+            kinds += [0] * len(before) + [0, kind]
         return ids[:128], kinds[:128]
 
-    return filler + 64, ["local", "context"], draw
+    return 320, ["local", "context"], draw
 
 
 def named_recall():
     """The same, of 64 tokens. The kind of an answer is its distance from what it repeats."""
     rng = np.random.default_rng(1)
     is_name = (rng.permutation(4096) < 2000).reshape(64, 64)
-    # ids: 64 of which names consist, 64 values, the mark between statements and questions
-    value, ask = 64, 128
+    # ids: 64 of which names consist, 64 values, a mark before the questions, end of text
+    value, ask, end = 64, 128, 129
 
     def draw(rng):
         found = []
         while len(found) < 10:
             a, b = rng.permutation(64)[:6], rng.permutation(64)[:6]
             found = np.argwhere(is_name[np.ix_(a, b)])
-        stated = rng.permutation(found)[:10]
-        triples = np.stack([a[stated[:, 0]], b[stated[:, 1]], value + rng.integers(64, size=10)], 1)
+        i, j = rng.permutation(found)[:10].T
+        triples = np.stack([a[i], b[j], value + rng.integers(64, size=10)], axis=1)
         order = rng.permutation(10)
-        ids = [*triples.ravel(), ask, *triples[order].ravel()]
-        kinds = [0] * len(ids)
-        for place, which in enumerate(order):
-            distance = 31 + 3 * (place - which)
-            kinds[33 + 3 * place] = 1 + (distance > 20) + (distance > 40)
-        return ids + [ask + 1] * (64 - len(ids)), kinds + [0] * (64 - len(kinds))
+        ids = [*triples.ravel(), ask, *triples[order].ravel(), end, end, end]
+        kinds = np.zeros(64, int)
+        distance = 31 + 3 * (np.arange(10) - order)
+        kinds[33:61:3] = 1 + (distance > 20) + (distance > 40)
+        return ids, kinds
 
-    return ask + 2, ["near", "middle", "far"], draw
+    return 130, ["near", "middle", "far"], draw
 
 
 # {name of a data set: what makes it}
-TASKS = {"recall": named_recall,
-         **{f"phonebooks{share}": partial(phone_books, share) for share in (0, 20, 50, 80, 100)}}
+TASKS = {"recall": named_recall}
+for share in (0, 20, 50, 80, 100):
+    TASKS[f"phonebooks{share}"] = partial(phone_books, share)
 
 
 def make(name, data_dir="data", n_tokens=2_560_000):
@@ -105,55 +105,55 @@ def make(name, data_dir="data", n_tokens=2_560_000):
     tok["sha256"] = hashlib.sha256(json.dumps(tok).encode()).hexdigest()
     meta = {"name": name, "args": {}, "vocab_size": vocab_size, "eot": vocab_size - 1,
             "tokenizer": tok, "kinds": kinds}
-    for seed, (split, n) in enumerate((("train", n_tokens), ("val", 65536))):
-        rng, drawn = np.random.default_rng(100 + seed), []
-        while not drawn or len(drawn) * len(drawn[0][0]) <= n:
-            drawn.append(draw(rng))
+    for split, n, seed in (("train", n_tokens, 100), ("val", 65536, 101)):
+        rng = np.random.default_rng(seed)
+        drawn = [draw(rng)]
         # whole sequences, and one token more, the target of the last one
+        while len(drawn) * len(drawn[0][0]) <= n:
+            drawn.append(draw(rng))
         ids, kind_of = (np.concatenate(part)[:n + 1] for part in zip(*drawn))
         raw = ids.astype("<u2").tobytes()
         (folder / f"{split}.bin").write_bytes(raw)
         meta[split] = {"tokens": len(ids), "documents": len(drawn), "size": len(raw),
                        "bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-    (folder / "val_kinds.bin").write_bytes(kind_of.astype(np.uint8).tobytes())
+    kind_of.astype(np.uint8).tofile(folder / "val_kinds.bin")
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
 # ---- what was learnt -------------------------------------------------------------------
 
-def known(runs, kind, where=None):
+def known(seeds, kind):
     """Return the share of the tokens of a kind that each run knows at its end."""
-    ends = [run["records"][-1] for run in runs.values()]
-    if where:
-        ends = [end[where] for end in ends]
-    return [end[kind]["known"] for end in ends]
+    return [run["records"][-1][kind]["known"] for run in seeds.values()]
 
 
 def percent(values):
-    """Return a share and half its 95 % interval in words."""
+    """Return the mean of shares in words, with half its 95 % interval."""
     mean, half = interval(values)
     return f"{mean:.0%} ± {half:.0%}" if len(values) > 1 else f"{mean:.0%} (n=1)"
 
 
 def say_books(sweep, runs):
     """Say what each arm knows of each book, and how many bits of it a parameter stores."""
-    lines, share = [], int(sweep.dataset.removeprefix("phonebooks")) / 100
+    lines = []
+    share = int(sweep.dataset.removeprefix("phonebooks")) / 100
     for arm, seeds in runs.items():
+        ends = [run["records"][-1] for run in seeds.values()]
         parts, bits = [], 0.0
         for kind, part in (("local", share), ("context", 1 - share)):
             if part == 0:
                 continue
-            said = f"{kind} entries {percent(known(seeds, kind))} known"
-            if "moe" not in sweep.arms[arm].flags:
-                off = percent(known(seeds, kind, "memory_off"))
-                said += f" ({off} with the memory off)"
-            parts.append(said)
+            parts.append(f"{kind} entries {percent(known(seeds, kind))} known")
+            if "memory_off" in ends[0]:
+                off = [end["memory_off"][kind]["known"] for end in ends]
+                parts[-1] += f" ({percent(off)} with the memory off)"
             # a value is worth 6 bits, and there are 4,096 entries
-            nats = np.mean([run["records"][-1][kind]["loss"] for run in seeds.values()])
+            nats = np.mean([end[kind]["loss"] for end in ends])
             bits += 4096 * part * max(0, 6 - nats / np.log(2))
         first, *_ = seeds.values()
         bits /= first["header"]["accounting"]["P_tot"]
-        lines.append(f"{sweep.arms[arm].title}: {', '.join(parts)}; {bits:.3f} bits per parameter")
+        said = ", ".join(parts)
+        lines.append(f"{sweep.arms[arm].title}: {said}; {bits:.3f} bits per parameter")
     return lines
 
 
@@ -170,15 +170,17 @@ def say_recall(sweep, runs):
     """Say what each arm answers, by distance, and when it knew half."""
     lines = []
     for arm, seeds in runs.items():
-        # crossing() looks for a fall, so look at what is not known
+        shares = [f"{percent(known(seeds, kind))} ({kind})"
+                  for kind in ("near", "middle", "far")]
+        line = f"{sweep.arms[arm].title}: {', '.join(shares)}"
         halves = []
         for run in seeds.values():
+            # crossing() looks for a fall, so look at what is not known
             curve = [{"tokens": record["tokens"], "open": 1 - record["middle"]["known"]}
                      for record in run["records"]]
-            halves.append(crossing(curve, 0.5, "open"))
-        halves = [tokens for tokens in halves if tokens is not None]
-        shares = [f"{percent(known(seeds, kind))} ({kind})" for kind in ("near", "middle", "far")]
-        line = f"{sweep.arms[arm].title}: {', '.join(shares)}"
+            tokens = crossing(curve, 0.5, "open")
+            if tokens is not None:
+                halves.append(tokens)
         if halves:
             line += (f"; half are known after {np.mean(halves) / 1e6:.2f} million tokens in "
                      f"{len(halves)} of {len(seeds)} runs")
@@ -187,22 +189,12 @@ def say_recall(sweep, runs):
 
 
 def draw_recall(axes, sweep, runs):
-    added = dict.fromkeys(arm.partition(" ")[2] for arm in runs)
+    # the name of an arm is a number of blocks, and what is added
+    added = dict.fromkeys(arm[2:] for arm in runs)
     for name, style in zip(added, STYLES):
-        blocks = [n for n in "123" if f"{n} {name}" in runs]
-        columns = [known(runs[f"{n} {name}"], "middle") for n in blocks]
-        points(axes, list(map(int, blocks)), columns, style, name)
+        arms = [arm for arm in runs if arm[2:] == name]
+        columns = [known(runs[arm], "middle") for arm in arms]
+        points(axes, [int(arm[0]) for arm in arms], columns, style, name)
     axes.set(xlabel="blocks", xticks=(1, 2, 3), ylabel="share of the answers known",
              title=sweep.heading)
     axes.legend()
-
-
-def main(argv=None):
-    parser = make_parser(__doc__, "python -m experiments.tasks NAME [options]")
-    parser.add_argument("name", choices=TASKS, metavar="NAME", help=", ".join(TASKS))
-    parser.add_argument("--data_dir", default="data", help="gets a folder NAME (default: data)")
-    make(**vars(parser.parse_args(argv)))
-
-
-if __name__ == "__main__":
-    run_script(main)
