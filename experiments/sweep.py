@@ -143,15 +143,13 @@ class Sweep(NamedTuple):
 def sweeps():
     """Return {name: Sweep}."""
     laptop = partial(Sweep, LAPTOP)
-    # of one book alone: can the experts, or the table, learn it at all?
-    alone = {rho: RHOS[rho] for rho in ("1", "0")}
     books = {}
-    for share in (0, 20, 50, 80, 100):
-        mixed = 0 < share < 100
-        books[f"phonebooks{share}"] = Sweep(
-            BOOKS, RHOS if mixed else alone, "1", say_books, draw_books,
-            f"Who stores the phone books, if {share} % of the entries are local?", steps=1200,
-            dataset=f"phonebooks{share}", seeds=2 if mixed else 1)
+    for share in (20, 50, 80):
+        name = f"phonebooks{share}"
+        heading = f"When are the phone books known, if {share} % of the entries are local?"
+        # the more context entries there are, the longer it takes
+        books[name] = Sweep(BOOKS, RHOS, "1", say_books, draw_books, heading, dataset=name,
+                            steps=1200 if share == 80 else 2400)
     return {
         "twins": laptop(TWINS, "moe", say_claims, draw_curves, seeds=5),
         "baselines": laptop(BASELINES, "moe", say_claims, draw_differences,
