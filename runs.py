@@ -46,7 +46,7 @@ def write_log(path, state):
 
 
 def read_log(path):
-    """Return the header and the records of a log; None where there are no records."""
+    """Return the header and the records of a log; None where there is no log."""
     if not path.exists():
         return None
     try:
@@ -54,8 +54,6 @@ def read_log(path):
     except ValueError as error:
         fail(f"{path} is not a readable log ({error}); write it again with --resume --model "
              f"{path.parent.name}")
-    if not records:
-        return None
     return header, records
 
 

@@ -120,8 +120,7 @@ def explain(shape, shapes, numbers, rho):
                      f"{size['flops_per_token']:18,}")
     off = a["P_tot"] / b["P_tot"] - 1
     if abs(off) > 0.01:
-        why = "rows were given" if shape.engram.rows else "so small a table fits no better"
-        lines.append(f"These are not twins: P_tot differs by {off:.1%} ({why}).")
+        lines.append(f"These are not twins: P_tot differs by {off:.1%}.")
     else:
         lines.append(f"Of the sparse parameters, P_tot - P_act, {numbers['rho']:.1%} stay "
                      f"with experts (rho {rho} was asked; experts are whole).")
