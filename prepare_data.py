@@ -138,9 +138,6 @@ def merge(pair, new, words, freqs, pairs, where):
     """Replace pair by the character new in all words. Return the pairs that have grown."""
     grown = set()
     for i in where.pop(pair):
-        # an earlier merge may have taken the pair from this word
-        if pair not in words[i]:
-            continue
         for a, b in zip(words[i], words[i][1:]):
             pairs[a + b] -= freqs[i]
         words[i] = words[i].replace(pair, new)
