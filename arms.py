@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from common import fail, keep_freed_memory
+from ranks import RANK
 
 TWIN = "moe"
 
@@ -29,15 +30,15 @@ class Progress:
         self.twin_step = 0 if TWIN in names else steps
         # disable=None: no bar where stderr is no terminal
         self.bar = tqdm(total=steps * len(names), unit="step", leave=False,
-                        disable=True if os.environ.get("RANK", "0") != "0" else None)
+                        disable=True if RANK > 0 else None)
 
     def __call__(self, name, step, loss=None, record=None):
         """loss: of the last step; record: of an evaluation."""
         self.bar.update(step - self.done[name])
         self.done[name] = step
         if loss is not None:
-            self.losses[name] = f"{name} {loss:.3f}"
-            self.bar.set_postfix_str(", ".join(self.losses.values()), refresh=False)
+            self.losses[name] = f"{loss:.3f}"
+            self.bar.set_postfix(self.losses, refresh=False)
         elif name == TWIN:
             self.twin_step = step
         if record is not None:
@@ -80,43 +81,32 @@ def side_by_side(jobs, tell):
             except queue.Empty:
                 pass
             for name, process in children.items():
-                if process.exitcode and process.exitcode > 0:
+                code = process.exitcode or 0
+                if code > 0:
                     # it has said why
-                    raise SystemExit(process.exitcode)
-                if process.exitcode:
-                    fail(f"the process that trained {name} was killed (signal "
-                         f"{-process.exitcode}; 9 is often a lack of memory): --resume goes "
-                         "on, --model trains one at a time")
+                    raise SystemExit(code)
+                if code < 0:
+                    fail(f"the process that trained {name} was killed (signal {-code}; 9 is "
+                         "often a lack of memory): --resume goes on, --model trains one at a "
+                         "time")
     finally:
         for process in children.values():
+            # its files are whole at any moment
             process.terminate()
-        for process in children.values():
-            process.join(10)
-            # one that is stuck; its files are whole at any moment
-            process.kill()
+            process.join()
 
 
 def child(job, told, threads):
-    """Run one job; end when the first process asks for it, or is no more."""
-    asked = []
-
+    """Run one job. End at once if the first process is no more."""
     def tell(*message):
         if not multiprocessing.parent_process().is_alive():
-            # nobody is left to read the queue
+            # nobody is left to read the queue, so do not wait for that
             os._exit(1)
-        # here, and not where the signal arrives: Python drops what is raised in a callback
-        if asked:
-            raise KeyboardInterrupt
         told.put(message)
 
-    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     torch.set_num_threads(threads)
     keep_freed_memory()
     try:
         job(tell)
-    except KeyboardInterrupt:
-        # nobody reads the queue any more: do not wait for that
-        told.cancel_join_thread()
-        raise SystemExit(130) from None
     except OSError as error:
         fail(error)

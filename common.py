@@ -46,8 +46,6 @@ def write_whole(path, write):
     """Call write(file), then rename the file to path: there is never half a file at path.
     The name in between holds the process's id, so two runs cannot mix their files."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    if not path.parent.is_dir():
-        fail(f"{path} could not be written: there is no folder {path.parent}")
     try:
         with open(part, "wb") as file:
             write(file)
@@ -75,10 +73,7 @@ def commit():
 def default_device():
     """Return the accelerator that can be used here, or "cpu"."""
     import torch
-    # a CUDA build of torch names its accelerator even where there is none
-    if not torch.accelerator.is_available():
-        return "cpu"
-    return str(torch.accelerator.current_accelerator())
+    return str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
 
 
 def machine_name(device):
@@ -102,12 +97,11 @@ def peak_bytes(device):
 
 def free_memory():
     """Return the bytes of host memory that can be had; 0 where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
         return 0
-    kilobytes = {line.split(":")[0]: line.split()[1] for line in lines}
-    return int(kilobytes["MemAvailable"]) * 1024
+    kilobytes = meminfo.read_text().partition("MemAvailable:")[2].split()[0]
+    return int(kilobytes) * 1024
 
 
 def keep_freed_memory():

@@ -19,6 +19,7 @@ import hashlib
 import heapq
 import importlib.util
 import json
+import math
 import os
 import re
 import sysconfig
@@ -63,10 +64,6 @@ PACKAGES = """torch torchgen functorch sympy numpy matplotlib mpl_toolkits netwo
     fontTools pygments PIL mpmath pytest _pytest fsspec filelock jinja2 markupsafe packaging
     pyparsing urllib3 idna requests charset_normalizer certifi regex tiktoken tqdm
     typing_extensions contourpy kiwisolver cycler pluggy iniconfig dateutil""".split()
-# how common files begin that are not text
-MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "a zip archive", b"BZh": "bzip2",
-         b"\x28\xb5\x2f\xfd": "zstandard", b"\xfd7zXZ": "xz", b"PAR1": "parquet",
-         b"%PDF-": "a PDF", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 # folders that hold tests, copies of other packages, tables
 SKIP = set("""test tests testing idlelib _vendor vendor vendored extern external
     third_party _antlr encodings pydoc_data site-packages dist-packages""".split())
@@ -141,9 +138,6 @@ def merge(pair, new, words, freqs, pairs, where):
     """Replace pair by the character new in all words. Return the pairs that have grown."""
     grown = set()
     for i in where.pop(pair):
-        # an earlier merge may have taken the pair from this word
-        if pair not in words[i]:
-            continue
         for a, b in zip(words[i], words[i][1:]):
             pairs[a + b] -= freqs[i]
         words[i] = words[i].replace(pair, new)
@@ -294,7 +288,7 @@ def documents(paths, errors="strict"):
                     held = ""
         except (ValueError, KeyError, TypeError) as error:
             fail(f'{path} is not UTF-8 text, or not JSON lines with a "text" ({error}): '
-                 "unpack or convert it first")
+                 "unpack (gzip, zip, ...) or convert (UTF-16, PDF, parquet, ...) it first")
         yield held
 
 
@@ -366,10 +360,9 @@ def fetch(url, part, size):
         # 200 instead of 206: the server ignores ranges and begins anew
         f.seek(start if reply.status == 206 else 0)
         # disable=None: no bar where stderr is no terminal
-        bar = tqdm(total=size, initial=f.tell(), unit="B", unit_scale=True, disable=None)
-        while block := reply.read1(min(1 << 16, size - f.tell())):
-            bar.update(f.write(block))
-        bar.close()
+        with tqdm(total=size, initial=f.tell(), unit="B", unit_scale=True, disable=None) as bar:
+            while block := reply.read1(min(1 << 16, size - f.tell())):
+                bar.update(f.write(block))
         if f.tell() <= start:
             raise OSError("connection dropped")
 
@@ -388,10 +381,10 @@ def corpus(args, downloads):
 
 
 def sample(args, downloads):
-    """Return every n-th document of train, about SAMPLE_CHARS in all."""
+    """Yield every n-th document of train, about SAMPLE_CHARS in all."""
     size = sum(len(text) for split, text in corpus(args, downloads) if split == 0)
     train = (text for split, text in corpus(args, downloads) if split == 0)
-    return islice(train, 0, None, 1 + size // SAMPLE_CHARS)
+    yield from islice(train, 0, None, 1 + size // SAMPLE_CHARS)
 
 
 def write_bins(pairs, enc, folder):
@@ -401,7 +394,7 @@ def write_bins(pairs, enc, folder):
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
         while batch := list(islice(pairs, 64)):
             texts = [text for _, text in batch]
-            coded = enc.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+            coded = enc.encode_ordinary_batch(texts)
             for (split, text), ids in zip(batch, coded):
                 raw = np.array([*ids, enc.eot_token], dtype="<u2").tobytes()
                 (train, val)[split].write(raw)
@@ -444,11 +437,8 @@ def prepare(name=None, files=(), data_dir="data", max_mb=None, vocab_size=1024,
     paths = [os.path.abspath(file) for file in files]
     for path in paths:
         if not os.path.isfile(path):
-            kind = "a folder" if os.path.isdir(path) else "no file"
-            fail(f"{path} is {kind}: name text files, or one of {', '.join(DEFAULT_MB)}")
-        for magic, kind in MAGIC.items():
-            if open(path, "rb").read(8).startswith(magic):
-                fail(f"{path} is {kind}: unpack or convert it to UTF-8 text")
+            fail(f"{path} is a folder, or is not there: name text files, or one of "
+                 f"{', '.join(DEFAULT_MB)}")
     if files and not name:
         name = re.sub(r"\W+", "_", Path(files[0]).stem)
     if bool(files) == (name in DEFAULT_MB):
@@ -472,10 +462,8 @@ def prepare(name=None, files=(), data_dir="data", max_mb=None, vocab_size=1024,
 
 def build(folder, args):
     """Write the three files, then move them to folder, meta.json last."""
-    texts, downloads = [], folder.parent / "downloads"
-    if args["tokenizer"] == "bpe":
-        texts = sample(args, downloads)
-    tok = make_tokenizer(args["tokenizer"], texts, args["vocab_size"])
+    downloads = folder.parent / "downloads"
+    tok = make_tokenizer(args["tokenizer"], sample(args, downloads), args["vocab_size"])
     enc = encoding(tok)
     folder.mkdir(parents=True, exist_ok=True)
     # each run writes to a folder of its own, which goes however the run ends
@@ -530,7 +518,7 @@ class Data:
         n, wanted = (len(self.train) - 1) // block_size, steps * sequences_per_step
         self.sequences_per_pass, self.passes = n, wanted / n
         rng = np.random.default_rng(seed)
-        orders = [rng.permutation(n) for _ in range(max(1, -(-wanted // n)))]
+        orders = [rng.permutation(n) for _ in range(math.ceil(self.passes))]
         self.order = np.concatenate(orders)
         # the validation set, evenly spaced
         n_val = min(max(1, eval_tokens // block_size), (len(val) - 1) // block_size)

@@ -35,7 +35,7 @@ def begin(device):
 
 def in_turn(call):
     """Return call(), on rank 0 first: what it has prepared, the others find."""
-    if RANKS > 1 and RANK > 0:
+    if RANK > 0:
         dist.barrier()
     result = call()
     if RANKS > 1 and RANK == 0:

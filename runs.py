@@ -46,7 +46,7 @@ def write_log(path, state):
 
 
 def read_log(path):
-    """Return the header and the records of a log; None where there are no records."""
+    """Return the header and the records of a log; None where there is no log."""
     if not path.exists():
         return None
     try:
@@ -54,8 +54,6 @@ def read_log(path):
     except ValueError as error:
         fail(f"{path} is not a readable log ({error}); write it again with --resume --model "
              f"{path.parent.name}")
-    if not records:
-        return None
     return header, records
 
 
@@ -77,9 +75,6 @@ def differences(a, b, ignore=()):
     found = []
     for key in {**a, **b}:
         x, y = a.get(key), b.get(key)
-        # a tuple comes back from a file as a list
-        x = list(x) if isinstance(x, tuple) else x
-        y = list(y) if isinstance(y, tuple) else y
         if key not in ignore and x != y:
             found.append(f"{key} ({x}, {y})")
     return found
@@ -89,12 +84,12 @@ def twin_differences(engram, moe):
     """Return what two runs (header, records) differ in, though twins must not."""
     known = []
     for header, records in (engram, moe):
-        # twins may differ in the number of experts, the shared one's width, the memory
-        shape = {key: value for key, value in header["shape"].items()
-                 if key not in ("engram", "n_expert", "shared_hidden")}
-        known.append({**header["config"], **shape, "data": header["data"]["train"]["sha256"],
+        known.append({**header["config"], **header["shape"],
+                      "data": header["data"]["train"]["sha256"],
                       "tokens": records[-1]["tokens"]})
-    found = differences(*known, ignore=HARMLESS)
+    # they may differ in the memory, the number of experts, the width of the shared one
+    ignore = (*HARMLESS, "engram", "n_expert", "shared_hidden")
+    found = differences(*known, ignore)
     for key in ("P_tot", "P_act"):
         p, q = engram[0]["accounting"][key], moe[0]["accounting"][key]
         if abs(p / q - 1) > 0.01:
@@ -153,26 +148,14 @@ def compare(out_dir):
 
 
 def plot(out_dir):
-    """Draw out_dir/loss.png from the logs. Its title says the result so far."""
+    """Draw out_dir/loss.png from the logs. The legend says the losses so far."""
     figure = new_figure(figsize=(7, 4.5))
     axes = figure.subplots()
-    losses, styles = {}, ("--", "-", "-.", ":")          # losses: {model: {step: loss}}
-    for (name, (_, records)), style in zip(read_logs(out_dir).items(), styles, strict=False):
-        losses[name] = {record["step"]: record["val_loss"] for record in records}
-        axes.plot([record["tokens"] / 1e6 for record in records], list(losses[name].values()),
-                  style, marker=".", label=MODELS[name])
+    for (name, (_, records)), style in zip(read_logs(out_dir).items(), ("--", "-", "-.")):
+        tokens = [record["tokens"] / 1e6 for record in records]
+        losses = [record["val_loss"] for record in records]
+        axes.plot(tokens, losses, style, marker=".", label=f"{MODELS[name]}: {losses[-1]:.3f}")
     axes.set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)")
     axes.legend()
-    # compare at the last step that all have
-    step = max(set.intersection(*map(set, losses.values())), default=None)
-    if step:
-        at = {name: curve[step] for name, curve in losses.items()}
-        title = ", ".join(f"{MODELS[name]} {loss:.3f}" for name, loss in at.items())
-        if "engram" in at and "moe" in at:
-            title = ("Memory instead of experts changes the loss by "
-                     f"{at['engram'] - at['moe']:+.3f} nats")
-            if "large" in at:
-                title += f",\nmore memory at the same compute by {at['large'] - at['engram']:+.3f}"
-        axes.set_title(f"{title} (step {step:,})", fontsize=10)
     path = Path(out_dir) / "loss.png"
     write_whole(path, lambda file: figure.savefig(file, dpi=120, format="png"))

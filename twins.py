@@ -1,11 +1,13 @@
-""" Make the shapes of two models with the same parameters and the same compute: one with
+"""
+Make the shapes of two models with the same parameters and the same compute: one with
 Engram, and its MoE-only twin.
 
     shapes, numbers = make_twins(GPTConfig(), rho=0.75)    # {"engram": ..., "moe": ...}
 
 The idea: a comparison is fair if total and active parameters, P_tot and P_act, are equal.
 So Engram gives up routed experts for its table, and the twin gets the compute that
-reading the table takes. """
+reading the table takes.
+"""
 import math
 from dataclasses import replace
 
@@ -32,15 +34,10 @@ def make_twins(cfg, rho):
     Raise ValueError if there are no experts to drop or no row can be paid for."""
     if not cfg.n_expert:
         raise ValueError("n_expert 0: twins need experts")
-    if not 0 <= rho < 1:
-        raise ValueError(f"rho {rho}: must be from 0 (all memory) to below 1 (no memory)")
     given = cfg.engram.rows
 
     # 1. Engram drops routed experts. The top k stay, for they are active and not sparse.
     n_expert = cfg.top_k + round(rho * (cfg.n_expert - cfg.top_k))
-    if n_expert == cfg.n_expert and not given:
-        raise ValueError(f"rho {rho} leaves no row: all {n_expert} experts stay (top_k "
-                         f"{cfg.top_k}); use a smaller rho or more experts")
     engram = replace(cfg, n_expert=n_expert, engram=replace(cfg.engram, rows=1))
     moe = replace(cfg, engram=None)
 
@@ -61,9 +58,10 @@ def make_twins(cfg, rho):
         if over <= 0:
             break
         rows -= math.ceil(over / per_row)
-    if not given and rows < 2:
-        raise ValueError(f"rho {rho} leaves no row: {freed:,} parameters freed, {per_row:,} "
-                         "for a row in each head")
+    if not given and (n_expert == cfg.n_expert or rows < 2):
+        raise ValueError(f"rho {rho} leaves no row: {n_expert} of {cfg.n_expert} experts stay, "
+                         f"and a row in each head takes {per_row:,} parameters; use a smaller "
+                         "rho or more experts")
     engram.engram = replace(cfg.engram, rows=given or rows)
 
     # the rho that is reached: experts that one token does not use, over all such parameters
@@ -122,8 +120,7 @@ def explain(shape, shapes, numbers, rho):
                      f"{size['flops_per_token']:18,}")
     off = a["P_tot"] / b["P_tot"] - 1
     if abs(off) > 0.01:
-        why = "rows were given" if shape.engram.rows else "so small a table fits no better"
-        lines.append(f"These are not twins: P_tot differs by {off:.1%} ({why}).")
+        lines.append(f"These are not twins: P_tot differs by {off:.1%}.")
     else:
         lines.append(f"Of the sparse parameters, P_tot - P_act, {numbers['rho']:.1%} stay "
                      f"with experts (rho {rho} was asked; experts are whole).")
