@@ -42,10 +42,10 @@ def parse(argv, doc, owners, presets):
 
 
 def add_flag(group, name, default, metadata, presets):
-    text = f"{metadata['help']} (default: {default}"
+    text = f"{metadata['help']} (default: {shown(default)}"
     for preset, values in presets.items():
         if name in values:
-            text += f"; {preset} preset: {values[name]}"
+            text += f"; {preset} preset: {shown(values[name])}"
     kind = {"type": type(default), "metavar": type(default).__name__.upper()}
     if isinstance(default, bool):
         kind = {"action": BooleanOptionalAction}
@@ -56,6 +56,12 @@ def add_flag(group, name, default, metadata, presets):
     # no default here: only what was given counts
     help = (text + ")").replace("%", "%%")
     group.add_argument(f"--{name}", default=SUPPRESS, help=help, **kind)
+
+
+def shown(value):
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "none"
+    return value
 
 
 def build(owner, values, prefix=""):

@@ -64,6 +64,10 @@ PACKAGES = """torch torchgen functorch sympy numpy matplotlib mpl_toolkits netwo
     fontTools pygments PIL mpmath pytest _pytest fsspec filelock jinja2 markupsafe packaging
     pyparsing urllib3 idna requests charset_normalizer certifi regex tiktoken tqdm
     typing_extensions contourpy kiwisolver cycler pluggy iniconfig dateutil""".split()
+# how common files begin that are not text
+MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "a zip archive", b"BZh": "bzip2",
+         b"\x28\xb5\x2f\xfd": "zstandard", b"\xfd7zXZ": "xz", b"PAR1": "parquet",
+         b"%PDF-": "a PDF", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 # folders that hold tests, copies of other packages, tables
 SKIP = set("""test tests testing idlelib _vendor vendor vendored extern external
     third_party _antlr encodings pydoc_data site-packages dist-packages""".split())
@@ -288,7 +292,7 @@ def documents(paths, errors="strict"):
                     held = ""
         except (ValueError, KeyError, TypeError) as error:
             fail(f'{path} is not UTF-8 text, or not JSON lines with a "text" ({error}): '
-                 "unpack (gzip, zip, ...) or convert (UTF-16, PDF, parquet, ...) it first")
+                 "unpack or convert it first")
         yield held
 
 
@@ -437,8 +441,11 @@ def prepare(name=None, files=(), data_dir="data", max_mb=None, vocab_size=1024,
     paths = [os.path.abspath(file) for file in files]
     for path in paths:
         if not os.path.isfile(path):
-            fail(f"{path} is a folder, or is not there: name text files, or one of "
-                 f"{', '.join(DEFAULT_MB)}")
+            kind = "a folder" if os.path.isdir(path) else "no file"
+            fail(f"{path} is {kind}: name text files, or one of {', '.join(DEFAULT_MB)}")
+        for magic, kind in MAGIC.items():
+            if open(path, "rb").read(8).startswith(magic):
+                fail(f"{path} is {kind}: unpack or convert it to UTF-8 text")
     if files and not name:
         name = re.sub(r"\W+", "_", Path(files[0]).stem)
     if bool(files) == (name in DEFAULT_MB):
@@ -517,6 +524,9 @@ class Data:
         # one permutation for each pass that the steps need
         n, wanted = (len(self.train) - 1) // block_size, steps * sequences_per_step
         self.sequences_per_pass, self.passes = n, wanted / n
+        if wanted > 10 ** 9:
+            fail(f"--steps {steps:,}: the order of {wanted:,} sequences does not fit into "
+                 "memory; ask for fewer")
         rng = np.random.default_rng(seed)
         orders = [rng.permutation(n) for _ in range(math.ceil(self.passes))]
         self.order = np.concatenate(orders)

@@ -30,7 +30,11 @@ def begin(device):
         return device
     cuda = device.startswith("cuda")
     dist.init_process_group("nccl" if cuda else "gloo")
-    return f"cuda:{os.environ['LOCAL_RANK']}" if cuda else device
+    if not cuda:
+        return device
+    # what nccl sends goes by way of the current device
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    return f"cuda:{os.environ['LOCAL_RANK']}"
 
 
 def in_turn(call):

@@ -46,7 +46,7 @@ def write_log(path, state):
 
 
 def read_log(path):
-    """Return the header and the records of a log; None where there is no log."""
+    """Return the header and the records of a log; None where there are no records."""
     if not path.exists():
         return None
     try:
@@ -54,6 +54,8 @@ def read_log(path):
     except ValueError as error:
         fail(f"{path} is not a readable log ({error}); write it again with --resume --model "
              f"{path.parent.name}")
+    if not records:
+        return None
     return header, records
 
 
@@ -148,14 +150,26 @@ def compare(out_dir):
 
 
 def plot(out_dir):
-    """Draw out_dir/loss.png from the logs. The legend says the losses so far."""
+    """Draw out_dir/loss.png from the logs. Its title says the result so far."""
     figure = new_figure(figsize=(7, 4.5))
     axes = figure.subplots()
-    for (name, (_, records)), style in zip(read_logs(out_dir).items(), ("--", "-", "-.")):
-        tokens = [record["tokens"] / 1e6 for record in records]
-        losses = [record["val_loss"] for record in records]
-        axes.plot(tokens, losses, style, marker=".", label=f"{MODELS[name]}: {losses[-1]:.3f}")
+    losses, styles = {}, ("--", "-", "-.", ":")          # losses: {model: {step: loss}}
+    for (name, (_, records)), style in zip(read_logs(out_dir).items(), styles, strict=False):
+        losses[name] = {record["step"]: record["val_loss"] for record in records}
+        axes.plot([record["tokens"] / 1e6 for record in records], list(losses[name].values()),
+                  style, marker=".", label=MODELS[name])
     axes.set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)")
     axes.legend()
+    # compare at the last step that all have
+    step = max(set.intersection(*map(set, losses.values())), default=None)
+    if step:
+        at = {name: curve[step] for name, curve in losses.items()}
+        title = ", ".join(f"{MODELS[name]} {loss:.3f}" for name, loss in at.items())
+        if "engram" in at and "moe" in at:
+            title = ("Memory instead of experts changes the loss by "
+                     f"{at['engram'] - at['moe']:+.3f} nats")
+            if "large" in at:
+                title += f",\nmore memory at the same compute by {at['large'] - at['engram']:+.3f}"
+        axes.set_title(f"{title} (step {step:,})", fontsize=10)
     path = Path(out_dir) / "loss.png"
     write_whole(path, lambda file: figure.savefig(file, dpi=120, format="png"))
