@@ -39,8 +39,9 @@ import prepare_data
 import runs
 import sample
 import train
-from engram import Engram, EngramConfig, Read, RowAdam, canonical_ids, lookup
-from model import GPT, Block, Cache, GPTConfig, accounting, generate, load_checkpoint, watch
+from engram import Engram, EngramConfig, Read, RowAdam, canonical_ids, head_primes, lookup
+from model import (GPT, Block, Cache, GPTConfig, accounting, attend, generate, load_checkpoint,
+                   watch)
 from moe import MoE
 from offload import Fetch, check_rows, place
 from prepare_data import EOT
@@ -169,6 +170,21 @@ def slow_rows(module, ids, t, stop):
     return row_ids
 
 
+def test_deepseek_v41_addresses():
+    """Golden values of DeepSeek-V4.1: large tables, 4-grams, look-back that stops."""
+    cfg = EngramConfig(blocks=(1, 14), orders=(2, 3, 4), heads=8, rows=16_000_000,
+                       width=256, conv_kernel=0, stop_at_eot=True, bias=False)
+    primes = head_primes(cfg)
+    assert [sum(map(sum, primes[b])) for b in cfg.blocks] == [384006168, 384016682]
+    module = Engram(cfg, 1, 32, n_canonical=99092, pad=2, table_device="meta")
+    assert module.table.shape == (384006168, 256)
+    assert module.multipliers.tolist() == [76632096046245, 4839876093313, 35959672319349,
+                                           73987337458391]
+    rows = module.hash(torch.tensor([[5, 10, 20, 30, 40]]))[0, -1].view(3, 8)
+    assert (rows - module.offsets)[:, :2].tolist() == [
+        [1326936, 6120872], [14088109, 7705371], [14966984, 15521295]]
+
+
 @pytest.mark.parametrize("stop", [False, True])
 @pytest.mark.parametrize("orders", [(1,), (2, 3), (1, 3, 4)])
 def test_hash_is_the_python_loop(orders, stop):
@@ -184,6 +200,16 @@ def test_hash_is_the_python_loop(orders, stop):
     assert torch.cat(pieces, 1).tolist() == slow
     rows = tiny_module(orders=orders, rows=1).hash(x)
     assert (rows == torch.arange(2 * len(orders))).all()
+
+
+def test_hash_by_hand():
+    """The example in the docstring of hash(), once the hash has changed."""
+    module = tiny_module(orders=(2,))
+    module.multipliers = torch.tensor([3, 11])
+    module.primes, module.offsets = torch.tensor([[13, 17]]), torch.tensor([[0, 13]])
+    assert module.hash(torch.tensor([[5, 7]]))[0, 1].tolist() == [8, 13]
+    text = " ".join(Engram.hash.__doc__.split())
+    assert "(7 * 3) ^ (5 * 11) = 21 ^ 55 = 34" in text and "reads rows 8 and 13" in text
 
 
 def test_canonical_ids():
@@ -358,6 +384,15 @@ def test_cached_decoding_is_the_full_forward(chunks, control):
     cache = Cache(model.cfg)
     pieces = [model(part, cache=cache)[0] for part in idx.split(chunks, dim=1)]
     torch.testing.assert_close(torch.cat(pieces, 1), model(idx)[0], rtol=0, atol=1e-10)
+
+
+def test_attention_by_hand_is_sdpa():
+    """A mask off by one in the form that a cache needs, and that a CPU takes in bf16."""
+    q, k, v = torch.randn(3, 2, 4, 10, 8, dtype=torch.float64)
+    full = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(attend(q[:, :, -3:], k, v), full[:, :, -3:])
+    half = attend(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    torch.testing.assert_close(half.double(), full, rtol=0, atol=0.05)
 
 
 def test_n_grams_that_share_a_row():
@@ -596,8 +631,8 @@ def test_ctrl_c_shows_how_to_continue(corpus, tmp_path, monkeypatch):
 
 
 def test_runs_that_are_no_twins(corpus, trained, tmp_path):
-    """An old run of another shape compared as a twin; a log that was cut short and is not
-    written again."""
+    """An old run of another shape compared as a twin; a share off by an evaluation; a log
+    that was cut short and is not written again."""
     out = shutil.copytree(trained, tmp_path / "out")
     path = out / "moe" / "log.jsonl"
     path.write_text("{")
@@ -608,6 +643,8 @@ def test_runs_that_are_no_twins(corpus, trained, tmp_path):
                      (f'"P_tot": {p_tot}', f'"P_tot": {2 * p_tot}')):
         path.write_text(whole.replace(old, new))
         assert "not comparable" in runs.compare(out)[-1]
+    records = [{"tokens": t, "val_loss": v} for t, v in ((10, 5), (20, 3), (30, 2))]
+    assert [runs.crossing(records, loss) for loss in (4, 6, 1)] == [15, 10, None]
 
 
 def test_ranks_train_as_one_process(corpus, tmp_path):

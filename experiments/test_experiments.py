@@ -381,6 +381,15 @@ def test_the_readme_is_the_result():
         assert (analyze.COMMITTED.parent / picture).exists(), picture
 
 
+def test_allocation_is_fair():
+    """Arms of the allocation with more parameters or more compute than the others."""
+    path = analyze.COMMITTED / "allocation.json"
+    runs = sweep.finished_runs(path, sweep.sweeps()["allocation"])
+    for key in ("P_tot", "P_act"):
+        values = [seeds[21]["header"]["accounting"][key] for seeds in runs.values()]
+        assert max(values) <= 1.005 * min(values)
+
+
 def test_the_readme_is_the_bench():
     """A table in the part on offloading that no run printed."""
     bench = json.loads((analyze.COMMITTED / "offload" / "offload.json").read_text())
