@@ -33,7 +33,7 @@ from tqdm import tqdm
 from common import default_device, fail, machine_name, make_parser, run_script
 from experiments.analyze import (COMMITTED, STYLES, draw_picture, interval, points,
                                  read_results, write_results)
-from experiments.tasks import TASKS, draw_books, draw_recall, make, say_books, say_recall
+from experiments.tasks import TASKS, draw_books, draw_recall, make, table_of_books, table_of_recall
 from prepare_data import find, load
 from runs import crossing, read_log
 
@@ -138,6 +138,7 @@ class Sweep(NamedTuple):
     dataset: str = "python"
     seeds: int = 3
     first_seed: int = 21             # seed 10 is for choosing rates and shapes
+    table: Callable | None = None    # table(sweep, runs), if not that of losses
 
 
 def sweeps():
@@ -148,8 +149,8 @@ def sweeps():
         name = f"phonebooks{share}"
         heading = f"When are the phone books known, if {share} % of the entries are local?"
         # the more context entries there are, the longer it takes
-        books[name] = Sweep(BOOKS, RHOS, "1", say_books, draw_books, heading, dataset=name,
-                            steps=1200 if share == 80 else 2400)
+        books[name] = Sweep(BOOKS, RHOS, "1", None, draw_books, heading, dataset=name,
+                            steps=1200 if share == 80 else 2400, table=table_of_books)
     return {
         "twins": laptop(TWINS, "moe", say_claims, draw_curves, seeds=5),
         "baselines": laptop(BASELINES, "moe", say_claims, draw_differences,
@@ -161,9 +162,9 @@ def sweeps():
         "allocation": laptop(ALLOCATION, "1", None, draw_differences,
                              "Which share of the sparse parameters should experts keep?",
                              along=True, seeds=5),
-        "recall": Sweep(RECALL, DEPTHS, "1 nothing added", say_recall, draw_recall,
+        "recall": Sweep(RECALL, DEPTHS, "1 nothing added", None, draw_recall,
                         "How many blocks does it take to find what belongs to a name?",
-                        steps=1000, evaluations=10, dataset="recall", seeds=5),
+                        steps=1000, evaluations=10, dataset="recall", table=table_of_recall),
         **books,
         "stories": laptop(STORIES, "moe", say_claims, draw_curves, dataset="stories"),
         "rates": laptop(RATES, "moe 0.008", evaluations=4, seeds=1, first_seed=10)}
@@ -289,6 +290,14 @@ def table(sweep, runs):
         bpb = statistics.mean(last(run)["val_bpb"] for run in seeds.values())
         lines.append(f"| {sweep.arms[arm].title} | {size['P_tot']:,} | {size['P_act']:,} | "
                      f"{len(seeds)} | {loss} | {against} | {bpb:.3f} |")
+    return lines
+
+
+def lines_of(sweep, runs):
+    """Return what is printed of a sweep: its table, and what was found."""
+    lines = (sweep.table or table)(sweep, runs)
+    if sweep.say:
+        lines += ["", *sweep.say(sweep, runs)]
     return lines
 
 
@@ -418,11 +427,9 @@ def main(argv=None):
             fail(f"--arms: {args.name} has {', '.join(sweep.arms)}")
         run_all(path, sweep, wanted)
     if args.reference:
-        sweep = sweep._replace(reference=args.reference, say=None, draw=None)
+        sweep = sweep._replace(reference=args.reference, say=None, draw=None, table=None)
     runs = finished_runs(path, sweep)
-    print(*table(sweep, runs), sep="\n")
-    if sweep.say:
-        print("", *sweep.say(sweep, runs), sep="\n")
+    print(*lines_of(sweep, runs), sep="\n")
     print(f"runs: {path}")
     if sweep.draw:
         draw_picture(path, sweep.draw, sweep, runs)

@@ -144,34 +144,32 @@ def half_known(seeds, kind):
     return found
 
 
-def say_half(seeds, kind):
+def when_half(seeds, kind):
+    """Return in words after how many tokens half was known, and in how many runs."""
     reached = sum(max(record[kind]["known"] for record in run["records"]) > 0.5
                   for run in seeds.values())
     if reached == 0:
-        return "half never"
-    mean = np.mean(half_known(seeds, kind))
-    return f"half after {mean:.2f}M tokens in {reached} of {len(seeds)} runs"
+        return "never"
+    return f"{np.mean(half_known(seeds, kind)):.2f}M ({reached} of {len(seeds)})"
 
 
-def say_books(sweep, runs):
-    """Say what each arm knows of each book, and how many bits of it a parameter stores."""
-    lines = []
+def table_of_books(sweep, runs):
+    """Return a table in Markdown: what each arm knows of each book."""
+    lines = ["| arm | P_tot | loss | local known | memory off | half after | context known | "
+             "memory off | half after | bits per parameter |", "|" + "---|" * 10]
     share = int(sweep.dataset.removeprefix("phonebooks")) / 100
     for arm, seeds in runs.items():
         ends = [run["records"][-1] for run in seeds.values()]
-        parts, bits = [], 0.0
+        size = next(iter(seeds.values()))["header"]["accounting"]["P_tot"]
+        loss, bits = np.mean([end["val_loss"] for end in ends]), 0.0
+        cells = [sweep.arms[arm].title, f"{size:,}", f"{loss:.3f}"]
         for kind, part in (("local", share), ("context", 1 - share)):
-            said = f"{kind} entries known {percents(known(seeds, kind))}"
-            if "memory_off" in ends[0]:
-                off = [end["memory_off"][kind]["known"] for end in ends]
-                said += f" (memory off {percents(off)})"
-            parts.append(f"{said}, {say_half(seeds, kind)}")
+            off = [end["memory_off"][kind]["known"] for end in ends if "memory_off" in end]
+            cells += [percents(known(seeds, kind)), percents(off), when_half(seeds, kind)]
             # a value is worth 6 bits, and there are 4,096 entries
             nats = np.mean([end[kind]["loss"] for end in ends])
-            bits += 4096 * part * max(0, 6 - nats / np.log(2))
-        first, *_ = seeds.values()
-        bits /= first["header"]["accounting"]["P_tot"]
-        lines.append(f"{sweep.arms[arm].title}: {'; '.join(parts)}; {bits:.3f} bits per parameter")
+            bits += 4096 * part * max(0, 6 - nats / np.log(2)) / size
+        lines.append(f"| {' | '.join(cells)} | {bits:.3f} |")
     return lines
 
 
@@ -184,12 +182,13 @@ def draw_books(axes, sweep, runs):
     axes.legend()
 
 
-def say_recall(sweep, runs):
-    """Say what each arm answers, by distance, and when it knew half."""
-    lines = []
+def table_of_recall(sweep, runs):
+    """Return a table in Markdown: which answers each arm knows, by distance."""
+    lines = ["| arm | near | middle | far | half after |", "|" + "---|" * 5]
     for arm, seeds in runs.items():
-        shares = [f"{kind} {percents(known(seeds, kind))}" for kind in ("near", "middle", "far")]
-        lines.append(f"{sweep.arms[arm].title}: {'; '.join(shares)}; {say_half(seeds, 'middle')}")
+        cells = [percents(known(seeds, kind)) for kind in ("near", "middle", "far")]
+        lines.append(f"| {sweep.arms[arm].title} | {' | '.join(cells)} | "
+                     f"{when_half(seeds, 'middle')} |")
     return lines
 
 

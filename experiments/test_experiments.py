@@ -353,9 +353,7 @@ def printed_by_all():
             printed[name] = say(json.loads(path.read_text()))
             continue
         runs = sweep.finished_runs(path, kind)
-        printed[name] = sweep.table(kind, runs)
-        if kind.say:
-            printed[name] += kind.say(kind, runs)
+        printed[name] = sweep.lines_of(kind, runs)
         for reference in runs:
             others += sweep.table(kind._replace(reference=reference), runs)
     return printed, others
