@@ -13,9 +13,8 @@ column, value": a 2-gram names it, so a table can hold it. A context entry is wr
 "topic, 3 or 4 random tokens, column, value": no 2-gram or 3-gram holds both, so attention
 must fetch the topic, and only the feed-forward layers can store the value. In phonebooks20
 20 % of the columns are local. Each value stands in a column once, so the column alone says
-nothing. Names and topics come in four families, each with 16 values of its own in every
-column; without such a hint no model learnt to fetch the topic. No entry is written twice in
-a sequence, so copying gains nothing.
+nothing. Names and topics come in four families, each with 16 values of its own; without
+such a hint no model learnt to fetch the topic. A sequence has no entry twice, to copy.
 
 Named recall. 2,000 of the 4,096 pairs of 64 tokens are names. A sequence says "name, value"
 for ten of them, and then asks for all ten in another order. Names stay, but values are drawn
@@ -31,7 +30,6 @@ import numpy as np
 
 from experiments.analyze import STYLES, points
 from runs import crossing
-
 
 # ---- the text --------------------------------------------------------------------------
 
@@ -128,13 +126,11 @@ def known(seeds, kind):
 
 
 def percents(shares):
-    """Return shares in words, those of all seeds: they lie near 0 or near 1."""
     return ", ".join(f"{share:.0%}" for share in shares)
 
 
 def half_known(seeds, kind):
-    """Return after how many million tokens each run knew half of a kind; for one that never
-    did, all that it was trained on."""
+    """Return the million tokens after which each run knew half, or all of them if never."""
     found = []
     for run in seeds.values():
         # crossing() looks for a fall, so look at what is not known
@@ -200,5 +196,5 @@ def draw_recall(axes, sweep, runs):
         columns = [known(runs[arm], "middle") for arm in arms]
         points(axes, [int(arm[0]) for arm in arms], columns, style, name)
     axes.set(xlabel="blocks", xticks=(1, 2, 3), ylabel="share of the answers known",
-             title=sweep.heading)
+             ylim=(-0.05, 1.05), title=sweep.heading)
     axes.legend()
