@@ -6,6 +6,7 @@ demo, the scripts as a user runs them.
 
 test_vectors.npz holds ids, weights and outputs of the official demo, engram_demo_v1.py.
 """
+import gc
 import hashlib
 import http.server
 import inspect
@@ -192,7 +193,9 @@ def test_hash_is_the_python_loop(orders, stop):
     module = tiny_module(orders=orders, stop_at_eot=stop)
     x = torch.randint(0, 30, (3, 40))
     x[0, 5] = x[0, 6] = x[1, 0] = x[1, 39] = 29
-    slow = [[slow_rows(module, ids, t, stop) for t in range(40)] for ids in x.tolist()]
+    slow = []
+    for ids in x.tolist():
+        slow.append([slow_rows(module, ids, t, stop) for t in range(40)])
     assert module.hash(x).tolist() == slow
     n = orders[-1] - 1
     past = F.pad(x, (n, 0), value=29)
@@ -579,22 +582,28 @@ def test_what_was_there_is_kept(tmp_path, refused, writer):
     assert [p.name for p in tmp_path.iterdir()] == ["a"] and path.read_text() == "before"
 
 
-@pytest.mark.parametrize("script, flags", [
-    (train, "--no_such_flag 1"), (train, "--lr nan"), (train, "--n_head 3"),
-    (train, "--engram_blocks 7"), (train, "--engram_orders 3 2"), (train, "--rho 0.9"),
-    (train, "--device mps"), (train, "--compile"), (train, "--engram_rows 9999999999"),
-    (train, "--block_size 50000 --tokens_per_step 100000"),
-    (sample, "--model moe --memory"), (sample, "--write a"), (sample, "--png a.png"),
-    (sample, "--max_new_tokens 0"), (sample, "--temperature nan"),
-    (sample, f"--prompt FILE:{HERE / 'test_vectors.npz'}"), (bench_offload, "--link_gbps nan"),
-    (prepare_data, "--vocab_size 256"), (prepare_data, "pyhton"), (prepare_data, "."),
-    (prepare_data, f"{__file__} --max_mb 1"), (prepare_data, f"{__file__} --name python")])
-def test_usual_mistakes(corpus, trained, tmp_path, refused, monkeypatch, script, flags):
+@pytest.mark.parametrize("script, flags, word", [
+    (train, "--no_such_flag 1", "unrecognized"), (train, "--lr nan", "lr nan"),
+    (train, "--n_head 3", "2 * n_head"), (train, "--engram_blocks 7", "blocks 0 to 1"),
+    (train, "--engram_orders 3 2", "increasing"), (train, "--rho 0.9", "no row"),
+    (train, "--device mps", "--device cpu"), (train, "--dataset no", "not prepared"),
+    (train, "--block_size 50000 --tokens_per_step 100000", "block_size"),
+    (train, "--engram_rows 9999999999", "GB"), (train, "--compile", "C++ compiler"),
+    (sample, "--model moe --memory", "no memory"),
+    (sample, "--model moe --write a b", "no memory"), (sample, "--write a", "2 arguments"),
+    (sample, "--png a.png", "needs"),
+    (sample, "--max_new_tokens 0", "nothing to do"), (sample, "--temperature nan", "nan"),
+    (sample, f"--prompt FILE:{HERE / 'test_vectors.npz'}", "utf-8"),
+    (bench_offload, "--link_gbps nan", "gbps"), (prepare_data, "--vocab_size 256", "257"),
+    (prepare_data, "pyhton", "python, tinystories"), (prepare_data, ".", "a folder"),
+    (prepare_data, f"{__file__} --max_mb 1", "--max_mb 1"),
+    (prepare_data, f"{__file__} --name python", "--name python")])
+def test_usual_mistakes(corpus, trained, tmp_path, refused, monkeypatch, script, flags, word):
     """A traceback, a wall of usage, or a run that ignores what was asked."""
     monkeypatch.setattr(shutil, "which", lambda name: None)
     argv = {train: [*corpus, *TINY, "--out_dir", tmp_path], sample: ["--out_dir", trained],
             bench_offload: ["--out", tmp_path], prepare_data: ["--data_dir", tmp_path]}
-    refused("error: ", run, script, *argv[script], *flags.split())
+    refused(word, run, script, *argv[script], *flags.split())
 
 
 def shell(command):
@@ -735,6 +744,15 @@ def test_reads_start_early(monkeypatch):
     Slow.works = False
     with pytest.raises(OSError, match="does not answer"):
         model(idx)
+    # at the place of use: not before, and once a read
+    Slow.begun, Slow.works = 0, True
+    place(model, "cpu", "host", prefetch=False)
+    reads = model.read(idx)
+    time.sleep(0.1)
+    assert Slow.begun == 0
+    for _ in range(2):
+        model(idx, reads=reads)
+    assert Slow.begun == 2
 
 
 def test_another_accelerator_takes_the_plain_path():
@@ -976,10 +994,10 @@ def test_bpe_is_the_naive_one_and_tiktoken_runs_it():
         assert enc.decode_bytes(enc.encode_ordinary(odd)) == odd.encode()
 
 
-@pytest.mark.parametrize("letters, size", [
-    ("ACGT", 1_000_000), ("\u7684\u4e00\u662f\u4e0d\u4e86", 1_000_000), ("!?.,;", 3_000),
-    (" ", 1_000_000), (" ", 500)])
-def test_odd_and_small_texts(tmp_path, letters, size, monkeypatch):
+@pytest.mark.parametrize("letters, size, block_size", [
+    ("ACGT", 1_000_000, 256), ("\u7684\u4e00\u662f\u4e0d\u4e86", 1_000_000, 256),
+    ("!?.,;", 3_000, 64), (" ", 1_000_000, 256), (" ", 500, 8)])
+def test_odd_and_small_texts(tmp_path, letters, size, block_size, monkeypatch):
     """Half an hour of merging in one word of a million letters; text that is lost; too
     little of it for validation."""
     monkeypatch.setattr(prepare_data, "MAX_WORDS", 3_000)
@@ -991,6 +1009,8 @@ def test_odd_and_small_texts(tmp_path, letters, size, monkeypatch):
     train, val = (enc.decode(list(ids)).replace(EOT, "") for ids in bins)
     assert train + val == text and meta["vocab_size"] > 256
     assert len(val) == pytest.approx(max(size / 20, min(size / 4, 4096)), abs=2)
+    data = prepare_data.Data("t", tmp_path, block_size, 8, 50, 0, 65536)
+    assert len(data.val_x) >= 1 and data.batch(49)[0].shape == (8, block_size)
 
 
 def test_documents(tmp_path, monkeypatch):
@@ -1013,9 +1033,14 @@ def test_documents(tmp_path, monkeypatch):
         meta, *bins = prepare_data.load(path.stem, tmp_path / "d")
         for split, ids in zip(("train", "val"), bins):
             assert list(ids).count(meta["eot"]) == meta[split]["documents"]
-            assert ids[-1] == meta["eot"]
+            assert ids[-1] == meta["eot"] and len(ids) == meta[split]["tokens"]
+        enc = prepare_data.encoding(meta["tokenizer"])
         written = [i for i in np.concatenate(bins).tolist() if i != meta["eot"]]
-        assert prepare_data.encoding(meta["tokenizer"]).decode(written) == "".join(docs)
+        assert enc.decode(written) == "".join(docs)
+        n_bytes = meta["train"]["bytes"] + meta["val"]["bytes"]
+        assert n_bytes == len("".join(docs).encode())
+    # a prompt is encoded as a text is: the marker is one token, here the second one
+    assert prepare_data.encode_text(enc, f"a{EOT}b")[1] == meta["eot"]
 
 
 def test_python_corpus():
@@ -1059,10 +1084,12 @@ def test_what_is_not_whole_does_not_load(tmp_path, monkeypatch, refused):
 class HubServer(http.server.BaseHTTPRequestHandler):
     """Serves bytes; `mood` says how badly."""
     def do_GET(self):
-        body, mood = self.server.files[self.path.rpartition("/")[2]], self.server.mood
+        body, mood = self.server.files.get(self.path.rpartition("/")[2]), self.server.mood
         self.server.log.append(self.headers["Range"])
         if mood == "silent":
             return time.sleep(1)
+        if body is None:
+            return self.send_error(404)
         first, last = re.fullmatch(r"bytes=(\d+)-(\d+)", self.server.log[-1]).groups()
         part = body if mood == "no ranges" else body[int(first):int(last) + 1]
         self.send_response(200 if mood == "no ranges" else 206)
@@ -1117,32 +1144,35 @@ def test_tinystories(hub, tmp_path, monkeypatch):
         meta = prepare_data.load("tinystories", tmp_path)[0]
         assert meta["train"]["documents"] == n and meta["val"]["documents"] == 20
         assert "bytes=0-499" in hub.log
-    hub.mood, new = "silent", tmp_path / "new"
-    with pytest.raises(prepare_data.Offline):
+    hub.files, new = {}, tmp_path / "new"
+    with pytest.raises(prepare_data.Offline, match="404"):
         prepare_data.find("tinystories", "cuda", new)
     monkeypatch.setitem(prepare_data.DEFAULT_MB, "python", 1)
     name, note = prepare_data.find("auto", "cuda", new)
-    assert name == "python" and "tinystories" in note
+    assert name == "python" and "404" in note
 
 
-def test_gpt2():
+def test_gpt2(tmp_path):
     """Ids or a map to canonical ids that are not GPT-2's, which the demo presupposes."""
     if not os.environ.get("TIKTOKEN_CACHE_DIR"):
         pytest.skip("needs GPT-2's tokenizer in the folder that TIKTOKEN_CACHE_DIR names")
-    tok = prepare_data.make_tokenizer("gpt2", [], 0)
-    assert prepare_data.encoding(tok).encode_ordinary("Hello world") == [15496, 995]
-    ids = canonical_ids(prepare_data.token_bytes(tok))
+    (tmp_path / "t.txt").write_text("Hello world\n" * 50)
+    run(prepare_data, tmp_path / "t.txt", "--data_dir", tmp_path, "--tokenizer", "gpt2")
+    meta, train_ids, _ = prepare_data.load("t", tmp_path)
+    assert meta["eot"] == 50256 and train_ids[:2].tolist() == [15496, 995]
+    ids = canonical_ids(prepare_data.token_bytes(meta["tokenizer"]))
     assert hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest() == \
         "648b280b8082b3868d20fef4dfd3c60f72673bafc4e5e13002744f4967b2ddae"
 
 
 def test_files_that_are_no_text(tmp_path, refused):
     """A traceback; what is no text taken for it."""
-    for name, content in [("empty", b""), ("bad", b"abc\n" * 5 + b"\xff"), ("nul", b"a\0b"),
-                          ("zip.txt", b"\x1f\x8b"), ("a.jsonl", b'{"text": "a"}\n7'),
-                          ("b.jsonl", b"{}")]:
+    for word, name, content in [
+            ("too little", "empty", b""), ("0xff", "bad", b"abc\n" * 5 + b"\xff"),
+            ("NUL", "nul", b"a\0b"), ("gzip", "zip.txt", b"\x1f\x8b"),
+            ("object", "a.jsonl", b'{"text": "a"}\n7'), ("'text'", "b.jsonl", b"{}")]:
         (tmp_path / name).write_bytes(content)
-        refused("error: ", run, prepare_data, tmp_path / name, "--data_dir", tmp_path / "d")
+        refused(word, run, prepare_data, tmp_path / name, "--data_dir", tmp_path / "d")
 
 
 def test_passes(corpus):
@@ -1175,6 +1205,7 @@ def test_copyable_tokens(corpus):
         assert counts == [-1] + [times[gram] for gram in row]
         repeats = [times[gram] == 0 and gram in row[:t] for t, gram in enumerate(row)]
         assert can_copy == [False] + repeats
+    assert any(map(any, copyable)) and data.passes > 2
     once, twice = (data.count(n * data.sequences_per_pass, 2)[0] for n in (1, 2))
     assert once.tolist() == twice.tolist()
 
@@ -1187,6 +1218,7 @@ def tiny_setup(monkeypatch):
     setup = dict(shape=bench_offload.CPU["shape"] | shape, prompt=(2, 32),
                  full=(500, 1000, 2000))
     monkeypatch.setattr(bench_offload, "CPU", bench_offload.CPU | setup)
+    torch.set_num_threads(1)         # a second one may take 10 ms to wake up after a sleep
     return bench_offload.CPU
 
 
@@ -1197,6 +1229,7 @@ def test_a_simulated_link_costs_what_is_predicted(tiny_setup):
     bench = bench_offload.Bench(tiny_setup, "cpu", 2000, gbps)
     bench.model.blocks[0].register_forward_pre_hook(lambda *args: time.sleep(0.025))
     p = bench_offload.predict(bench, 5, [(2, 32)])
+    assert p["transfer_ms"] == pytest.approx(40, rel=0.05)
     assert 5 < p["exposed_ms"] == p["transfer_ms"] - p["before_ms"]
     times = bench_offload.measure_rounds(bench, bench_offload.prompts, 7, [(2, 32)])
     for arm, want in (("synchronous", p["transfer_ms"]), ("prefetched", p["exposed_ms"])):
@@ -1205,17 +1238,20 @@ def test_a_simulated_link_costs_what_is_predicted(tiny_setup):
 
 
 def test_bench(tiny_setup, tmp_path, capsys):
-    """An arm or figure that is missing; a picture that the figures no longer draw."""
-    path = tmp_path / "offload.json"
+    """An arm or figure that is missing, a thread left behind."""
+    before, path = set(threading.enumerate()), tmp_path / "offload.json"
     run(bench_offload, *"--full --rounds 6 --device cpu --out".split(), tmp_path)
     printed, result = capsys.readouterr().out, json.loads(path.read_text())
     tables = result["prompts"] + result["others"]
     assert len(tables) == 3 + 3 + 1
     for table in tables:
         assert list(table["arms"]) == ["no Engram", "resident", "synchronous", "prefetched"]
-        assert "\n".join(table["lines"]) in printed
+        assert all(len(figures["ms"]) == 6 for figures in table["arms"].values())
+        assert "\n".join(table["lines"]) in printed and "SIMULATED" in table["lines"][1]
     assert [p["block"] for p in result["crossover"]["points"]] == [0, 1]
-    # the figures in the repository
+    gc.collect()
+    assert set(threading.enumerate()) <= before
+    # the figures in the repository can still be drawn
     (tmp_path / "crossover.png").unlink()
     shutil.copy(HERE / "experiments" / "results" / "offload" / "offload.json", path)
     run(bench_offload, "--plot", "--out", tmp_path)

@@ -119,10 +119,11 @@ ADDED = {"nothing added": "--model moe",
          "table of n-grams": "--model engram",
          "convolution": "--model moe --conv_in 0",
          "n-grams and convolution": "--model engram --conv_in 0"}
-DEPTHS = {f"{blocks} {added}": Arm(f"{flags} --n_layer {blocks}",
-                                   f"{blocks} block(s), {added}")
-          for blocks in "123"
-          for added, flags in ADDED.items()}
+DEPTHS = {}
+for blocks in "123":
+    for added, flags in ADDED.items():
+        title = f"{blocks} block(s), {added}"
+        DEPTHS[f"{blocks} {added}"] = Arm(f"{flags} --n_layer {blocks}", title)
 
 
 class Sweep(NamedTuple):

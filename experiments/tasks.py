@@ -5,8 +5,7 @@ Two tasks on made-up text, for what ordinary text of this size cannot show.
     python -m experiments.sweep phonebooks50   # who stores facts, experts or the table?
     python -c "from experiments.tasks import make; make('recall')"       # the text alone
 
-The idea: we know of each token what it takes to predict it. So a log says of each kind of
-token by itself what has been learnt.
+The idea: we know what it takes to predict a token. So a log tells each kind of it apart.
 
 Phone books. A column lists a value for each of 64 names. A local entry is written "name,
 column, value": a 2-gram names it, so a table can hold it. A context entry is written
@@ -142,8 +141,9 @@ def half_known(seeds, kind):
 
 def when_half(seeds, kind):
     """Return in words after how many tokens half was known, and in how many runs."""
-    reached = sum(max(record[kind]["known"] for record in run["records"]) > 0.5
-                  for run in seeds.values())
+    reached = 0
+    for run in seeds.values():
+        reached += max(record[kind]["known"] for record in run["records"]) > 0.5
     if reached == 0:
         return "never"
     return f"{np.mean(half_known(seeds, kind)):.2f}M ({reached} of {len(seeds)})"
