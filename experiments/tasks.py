@@ -5,7 +5,7 @@ Two tasks on made-up text, for what ordinary text of this size cannot show.
     python -m experiments.sweep phonebooks50   # who stores facts, experts or the table?
     python -c "from experiments.tasks import make; make('recall')"       # the text alone
 
-The idea: we know what it takes to predict a token. So a log tells each kind of it apart.
+The idea: we know what it takes to predict each token. So a log tells kinds of tokens apart.
 
 Phone books. A column lists a value for each of 64 names. A local entry is written "name,
 column, value": a 2-gram names it, so a table can hold it. A context entry is written
