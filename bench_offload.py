@@ -1,23 +1,26 @@
 """
 What does it cost to keep Engram's table in host memory? Predict it, then measure it.
 
-    python bench_offload.py                      # two minutes on two CPU cores
+    python bench_offload.py                      # three minutes on two CPU cores
     python bench_offload.py --link_gbps 0        # without the simulated link
     python bench_offload.py --full --out gpu     # more tables; on a GPU the paper's too
-    python bench_offload.py --plot --out DIR     # draw DIR/offload.json again
 
 The idea: row numbers are known before the forward pass, so the transfer runs beside the
 blocks before the memory. Exposed is max(0, bytes / bandwidth - compute before the memory).
 
-Arms take turns in one process on the same random tokens (nearly every row read is a new
-one, the worst case). Ratios and differences are taken within a round. Without a GPU, host
-and device memory are the same RAM, so a link is SIMULATED: a gather takes at least bytes /
---link_gbps.
+Arms take turns in one process on the same tokens. Ratios and differences are taken within
+a round. Random tokens are the worst case: nearly every row that is read is another one. Of
+text, if the data set python is prepared, there is a table too. Without a GPU, host and
+device memory are the same RAM, so a link is SIMULATED: a gather takes at least bytes /
+--link_gbps. What a prefetch brings is compared with rows read again, after the clock stops.
 
 experiments/README.md says what the columns of a table mean.
 """
 import json
+import math
 import time
+from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +28,10 @@ import torch
 
 from common import (commit, fail, free_memory, keep_freed_memory, machine_name,
                     make_parser, new_figure, run_script, write_whole)
-from engram import Engram, EngramConfig, RowAdam
+from engram import Address, Engram, EngramConfig, RowAdam
 from model import GPT, Cache, GPTConfig
-from offload import Fetch
+from offload import Fetch, take
+from prepare_data import check, load
 
 # Dense backbones (shared_hidden is their feed-forward layer) with one memory, in block 1.
 # prompt: sequences, tokens; rows: of the tables, then those of --full.
@@ -43,7 +47,7 @@ GPU = {"shape": dict(n_layer=12, n_head=16, n_embd=2048, shared_hidden=5632,
 # The paper's setting: about 4B parameters, a memory as in Engram-27B (d_mem 1,280).
 PAPER = GPU | {"shape": dict(n_layer=36, n_head=20, n_embd=2560, shared_hidden=9728,
                              vocab_size=65536)}
-# tokens decoded in a sample
+# tokens decoded in a round
 NEW = 32
 # the arms: synchronous is read at the place of use
 WITHOUT, RESIDENT, SYNCHRONOUS, PREFETCHED = ("no Engram", "resident", "synchronous",
@@ -72,9 +76,12 @@ class Bench:
     """A dense backbone of random weights with a memory, and the arms that take turns on it:
     each has a table, and a Fetch if that table is in host memory."""
 
-    def __init__(self, setup, device, rows, gbps):
-        """rows: of the table. gbps: speed of the simulated link, 0 for none."""
-        self.device, self.gbps, dtype = device, gbps, setup["dtype"]
+    def __init__(self, setup, device, rows, gbps, text=None):
+        """rows: of the table. gbps: speed of the simulated link, 0 for none. text: token ids
+        to take prompts from; None: random tokens."""
+        self.device, self.gbps, self.text, dtype = device, gbps, text, setup["dtype"]
+        # how many reads were compared with rows read again
+        self.compared = 0
         # use() puts our memory in the place of the backbone's, which has one row
         self.cfg = GPTConfig(**setup["shape"], n_expert=0, block_size=1024,
                              engram=EngramConfig(rows=1))
@@ -85,8 +92,8 @@ class Bench:
         self.engram = Engram(cfg, 1, self.cfg.n_embd, V, V - 1, "meta")
         shape, self.engram.table = self.engram.table.shape, None
         self.engram.to(device, dtype)
-        # write every page: those that never were written are all one page of zeros
-        host = torch.full(shape, 0.02, dtype=dtype)
+        # all rows differ, or a wrong one would not show
+        host = torch.empty(shape, dtype=dtype).uniform_(-0.02, 0.02)
         # on a CPU, the resident table is the same one
         self.arms = {WITHOUT: None, RESIDENT: (host.to(device), None),
                      SYNCHRONOUS: (host, SlowFetch(False, gbps)),
@@ -101,21 +108,34 @@ class Bench:
             self.model.blocks[self.at].engram = self.engram
 
     def batches(self, shapes):
-        """Return random tokens, a batch per shape (B, T)."""
-        return [torch.randint(self.cfg.vocab_size, shape, device=self.device)
-                for shape in shapes]
+        """Return tokens on the host, a batch per shape (B, T)."""
+        if self.text is None:
+            return [torch.randint(self.cfg.vocab_size, shape) for shape in shapes]
+        found = []
+        for B, T in shapes:
+            starts = torch.randint(len(self.text) - T, (B,)).tolist()
+            rows = np.stack([self.text[start:start + T] for start in starts])
+            found.append(torch.from_numpy(rows.astype(np.int64)))
+        return found
 
     def ms(self, work, *args):
-        """Return how many ms work(self, *args) takes."""
+        """Return how many ms work(self, *args) takes, and what it returns."""
         began = self.now()
-        work(self, *args)
-        return self.now() - began
+        result = work(self, *args)
+        return self.now() - began, result
 
     def now(self):
         """Return the time in ms at which all that is queued on the device is done."""
         if self.device != "cpu":
             torch.accelerator.synchronize()
         return time.perf_counter() * 1e3
+
+    def trust(self, reads):
+        """Compare rows that were fetched with the same rows, read again."""
+        for read in reads:
+            again = self.engram.table[read.row_ids.to(self.engram.table.device)]
+            assert torch.equal(read.leaf.detach().cpu(), again.cpu()), "wrong rows were read"
+            self.compared += len(again)
 
 
 def count(module):
@@ -124,19 +144,33 @@ def count(module):
 
 # ---- what is timed ---------------------------------------------------------------------
 
+def forward(bench, idx, targets=None, cache=None):
+    """Call the model on tokens that are on the host. Return its loss or logits, and the
+    reads."""
+    reads = bench.model.read(bench.model.addresses(idx, cache))
+    idx = idx.to(bench.device, non_blocking=True)
+    logits, loss = bench.model(idx, targets, reads, cache)
+    return logits if loss is None else loss, reads
+
+
 @torch.inference_mode()
 def prompts(bench, batches):
+    """Return the reads."""
+    reads = []
     for idx in batches:
-        bench.model(idx)
+        reads += forward(bench, idx)[1]
+    return reads
 
 
 @torch.inference_mode()
-def decoding(bench, tokens):
-    """Decode a text whose tokens are [B, 1] each."""
-    cache = Cache(bench.cfg)
+def decode(bench, tokens):
+    """Decode a text whose tokens are [B, 1] each. Return the ms that each took."""
+    cache, ms = Cache(bench.cfg), [bench.now()]
     for token in tokens:
         # to the host, as it must where the next token depends on it
-        bench.model(token, cache=cache)[0].argmax(-1).tolist()
+        forward(bench, token, cache=cache)[0].argmax(-1).tolist()
+        ms.append(bench.now())
+    return np.diff(ms)
 
 
 def make_training(bench):
@@ -149,8 +183,8 @@ def make_training(bench):
 
     def training(bench, batches):
         for idx in batches:
-            reads = bench.model.read(idx)
-            bench.model(idx, idx.roll(-1, 1), reads)[1].backward()
+            loss, reads = forward(bench, idx, idx.roll(-1, 1).to(bench.device))
+            loss.backward()
             adam.step()
             adam.zero_grad()
             if reads:
@@ -163,7 +197,7 @@ def make_training(bench):
 def first_blocks(bench, batches, n_blocks):
     for idx in batches:
         rope = bench.model.cos[:idx.size(1)], bench.model.sin[:idx.size(1)]
-        x = bench.model.embed(idx)
+        x = bench.model.embed(idx.to(bench.device))
         for block in bench.model.blocks[:n_blocks]:
             x = block(x, rope)
 
@@ -173,7 +207,7 @@ def transfer(bench, table, row_ids):
     """Read these rows, and nothing else."""
     fetch = Fetch(prefetch=False)
     for ids in row_ids:
-        _, _, ready = fetch.start(table, ids)
+        _, ready = fetch.start(table, ids, bench.device)
         ready()
 
 
@@ -186,7 +220,10 @@ def measure_rounds(bench, work, n, shapes, arms=None):
         batches, first = bench.batches(shapes), i % len(order)
         for arm in order[first:] + order[:first]:
             bench.use(arm)
-            times[arm].append(bench.ms(work, batches))
+            ms, reads = bench.ms(work, batches)
+            times[arm].append(ms)
+            if arm in (SYNCHRONOUS, PREFETCHED) and reads:
+                bench.trust(reads)
     return {arm: np.array(ms[2:]) for arm, ms in times.items()}
 
 
@@ -194,13 +231,13 @@ def predict(bench, n, shapes):
     """Return, from medians, in ms: compute before the memory, transfer, what the memory's
     matrices should add, and what a prefetch should leave exposed; and the bytes read."""
     table, batches = bench.arms[PREFETCHED][0], bench.batches(shapes)
-    row_ids = [bench.engram.hash(idx).unique() for idx in batches]
+    row_ids = [bench.engram.address(idx).row_ids for idx in batches]
     bench.use(WITHOUT)
     ms = []
     for _ in range(min(n, 16)):
-        ms.append((bench.ms(transfer, table, row_ids),
-                   bench.ms(first_blocks, batches, bench.at),
-                   bench.ms(first_blocks, batches, bench.cfg.n_layer)))
+        ms.append((bench.ms(transfer, table, row_ids)[0],
+                   bench.ms(first_blocks, batches, bench.at)[0],
+                   bench.ms(first_blocks, batches, bench.cfg.n_layer)[0]))
     transfer_ms, before, all_blocks = np.median(ms, axis=0).tolist()
     sizes = [len(ids) * table[0].nbytes for ids in row_ids]
     # over a simulated link a transfer takes at least bytes / bandwidth
@@ -210,6 +247,55 @@ def predict(bench, n, shapes):
     return {"bytes": sum(sizes), "largest": max(sizes), "before_ms": before,
             "transfer_ms": transfer_ms, "memory_ms": all_blocks * share,
             "exposed_ms": max(0.0, transfer_ms - before)}
+
+
+def speeds(bench, shapes):
+    """Return what the machine can do, in GB/s: gather random rows of the table, copy as many
+    bytes in one piece, and on a GPU copy them to it from pageable and pinned memory."""
+    table = bench.arms[PREFETCHED][0]
+    row_ids = torch.cat([bench.engram.address(idx).row_ids for idx in bench.batches(shapes)])
+    rows = torch.empty(len(row_ids), table.size(1), dtype=table.dtype)
+    other, found = torch.empty_like(rows), {}
+    works = {"gather of random rows": lambda _: take(table, row_ids, rows),
+             "copy in one piece": lambda _: other.copy_(rows)}
+    if bench.device != "cpu":
+        pinned = rows.pin_memory()
+        works["pageable copy to the GPU"] = lambda _: rows.to(bench.device)
+        works["pinned copy to the GPU"] = lambda _: pinned.to(bench.device, non_blocking=True)
+    for name, work in works.items():
+        ms = [bench.ms(work)[0] for _ in range(20)]
+        found[name] = rows.nbytes / np.median(ms) / 1e6
+    return found
+
+
+@torch.inference_mode()
+def time_line(bench, idx):
+    """Read one prompt with a prefetch. Return [(who, what, begin, end)] in ms: the parts of
+    the read, and the blocks beside which they run."""
+    spans = []
+
+    def timed(who, what, call, *args):
+        began = bench.now()
+        result = call(*args)
+        spans.append((who, what, began, bench.now()))
+        return result
+
+    bench.use(PREFETCHED)
+    engram, fetch, blocks = bench.engram, bench.engram.fetch, bench.model.blocks
+    row_ids = timed("main thread", "hash", engram.hash, idx)
+    unique = partial(row_ids.unique, return_inverse=True)
+    address = Address(*timed("main thread", "unique", unique))
+    fetch.gather = partial(timed, "worker", "gather", fetch.gather)
+    read = engram.read(address)
+    for i, block in enumerate(blocks):
+        block.forward = partial(timed, "main thread", f"block {i}", block.forward)
+    ready = partial(timed, "main thread", "wait", read.ready)
+    bench.model(idx.to(bench.device), reads=[read._replace(ready=ready)])
+    del fetch.gather
+    for block in blocks:
+        del block.forward
+    start = spans[0][2]
+    return [(who, what, begin - start, end - start) for who, what, begin, end in spans]
 
 
 # ---- what is compared and printed ------------------------------------------------------
@@ -231,10 +317,10 @@ def compare(bench, what, work, n, shapes, passes=1):
     p, tokens = predict(bench, n, shapes), sum(B * T for B, T in shapes)
     table = bench.arms[PREFETCHED][0]
     # what is predicted is printed before anything is measured
-    size = f"{p['bytes'] / tokens:,.0f} B per token, {p['bytes'] / 1e6:.2f} MB"
     lines = [f"{what}, n={n}; table of {len(table):,} rows = {table.numel():,} parameters, "
              f"{table.nbytes / 1e6:,.0f} MB",
-             f"  predicted: {size}, {describe_link(bench.gbps)}: {p['transfer_ms']:.2f} ms; "
+             f"  predicted: {p['bytes'] / tokens:,.0f} B per token, {p['bytes'] / 1e6:.2f} MB, "
+             f"{describe_link(bench.gbps)}: {p['transfer_ms']:.2f} ms; "
              f"compute before the memory {p['before_ms']:.2f} ms",
              f"  {'':18s}{'tokens/s':>9s}{'p10':>8s}{'p90':>8s}{'lost, % (95 %)':>23s}"
              f"{'added ms':>9s}{'predicted':>10s}{'on device':>13s}"]
@@ -269,6 +355,43 @@ def compare(bench, what, work, n, shapes, passes=1):
             "predicted": p, "arms": arms, "lines": lines}
 
 
+def parts(bench, prompt, n):
+    """Print what the machine can do, and how long the parts of a prompt's read take."""
+    found, mb = speeds(bench, [prompt]), predict(bench, 1, [prompt])["bytes"] / 1e6
+    lines = [f"a prompt of {prompt[0]} x {prompt[1]} tokens reads {mb:.2f} MB; this machine:"]
+    for name, gbps in found.items():
+        lines.append(f"  {name:28s}{gbps:8.2f} GB/s{mb / gbps:9.2f} ms")
+    lines.append(f"its parts, with a {describe_link(bench.gbps)}:")
+    ms = defaultdict(list)
+    for _ in range(n):
+        spans = time_line(bench, *bench.batches([prompt]))
+        for who, what, begin, end in spans:
+            ms[f"{who}, {what}"].append(end - begin)
+    for part, values in ms.items():
+        lines.append(f"  {part:41s}{np.median(values):9.2f} ms")
+    print("", *lines, sep="\n", flush=True)
+    return {"gbps": found, "time_line": spans, "lines": lines}
+
+
+def latency(bench, n):
+    """Print the time between two tokens of decoding, n rounds of NEW tokens for each batch."""
+    arms, lines = list(bench.arms), []
+    for B in (1, 8, 64):
+        times = {arm: [] for arm in arms}
+        for i in range(n + 1):
+            for arm in arms[i % 4:] + arms[:i % 4]:
+                bench.use(arm)
+                # the first round warms up
+                times[arm] += decode(bench, bench.batches([(B, 1)] * NEW)).tolist() * (i > 0)
+        for arm, ms in times.items():
+            middle, late = np.percentile(ms, (50, 99))
+            lines.append(f"  batch {B:3d}  {arm:14s}{middle:10.2f}{late:10.2f}")
+    lines = [f"decoding, ms between two tokens (n={n * NEW}): median, 99th percentile, over a "
+             f"{describe_link(bench.gbps)}", *lines]
+    print("", *lines, sep="\n", flush=True)
+    return {"n": n * NEW, "lines": lines}
+
+
 def crossover(bench, n, shapes):
     """Put the memory in one block after the other: how much compute hides the read?"""
     lines = [f"crossover, n={n}, {describe_link(bench.gbps)}: exposed transfer of a "
@@ -288,14 +411,15 @@ def crossover(bench, n, shapes):
     return {"simulated_gbps": bench.gbps, "n": n, "points": points, "lines": lines}
 
 
-def draw(cross, path):
-    points = cross["points"]
-    before = [point["before_ms"] for point in points]
-    middle, low, high = np.array([point["measured_ms"] for point in points]).T
+def draw(result, folder):
+    """Draw the crossover and the time line of one read."""
+    cross = result["crossover"]
+    before = [point["before_ms"] for point in cross["points"]]
+    middle, low, high = np.array([point["measured_ms"] for point in cross["points"]]).T
     figure = new_figure(figsize=(7, 5))
     axes = figure.subplots()
     axes.axhline(0, color="grey", linewidth=0.8)
-    axes.plot(before, [point["exposed_ms"] for point in points], label="predicted")
+    axes.plot(before, [point["exposed_ms"] for point in cross["points"]], label="predicted")
     axes.errorbar(before, middle, (middle - low, high - middle), fmt="ko", capsize=3,
                   label="measured")
     axes.set(xlabel="compute of the blocks before the memory (ms)",
@@ -303,8 +427,17 @@ def draw(cross, path):
              title="A prefetch is free once the blocks before it take longer than the "
                    f"transfer\n({describe_link(cross['simulated_gbps'])})")
     axes.legend()
-    figure.savefig(path, dpi=110)
-    print(f"picture: {path}")
+    figure.savefig(folder / "crossover.png", dpi=110)
+    figure = new_figure(figsize=(9, 2))
+    axes = figure.subplots()
+    for who, what, begin, end in result["parts"]["time_line"]:
+        # a wait lies within the block that waits
+        axes.barh(who, end - begin, left=begin, height=0.3 if what == "wait" else 0.8,
+                  edgecolor="black")
+        axes.text((begin + end) / 2, who, what, ha="center", va="center", fontsize=8)
+    axes.set(xlabel="ms", title="One prompt: the worker gathers rows while block 0 computes")
+    figure.savefig(folder / "time_line.png", dpi=110)
+    print(f"pictures: {folder}/crossover.png, {folder}/time_line.png")
 
 
 # ---- the command -----------------------------------------------------------------------
@@ -312,23 +445,33 @@ def draw(cross, path):
 def measure(args, setup):
     """Run everything but the paper's setting. Return its figures."""
     sizes = setup["full" if args.full else "rows"]
-    prompt, half, gbps = [setup["prompt"]], max(6, args.rounds // 2), args.link_gbps
+    prompt, few, gbps = [setup["prompt"]], max(6, args.rounds // 5), args.link_gbps
     if gbps is None:
         # over this link 2/3 of the compute before the memory hide the transfer of a prompt
-        p = predict(Bench(setup, args.device, sizes[-1], 0), half, prompt)
+        p = predict(Bench(setup, args.device, sizes[-1], 0), few, prompt)
         gbps = float(f"{1.5 * p['bytes'] / p['before_ms'] / 1e6:.2g}")
-    tables, others, size = [], [], "{} x {} tokens".format(*setup["prompt"])
+    result, size = {"backbone": setup["shape"], "prompts": []}, "{} x {}".format(*prompt[0])
     for rows in sizes:
         bench = Bench(setup, args.device, rows, gbps)
-        tables.append(compare(bench, f"prompts, {size}", prompts, args.rounds, prompt))
-    for B in [1, 8, 64] if args.full else [1]:
-        others.append(compare(bench, f"decoding, batch {B}", decoding, half, [(B, 1)] * NEW))
-    others.append(compare(bench, f"a training step, {size}", make_training(bench),
-                          args.rounds, prompt, passes=3))
+        if not result["prompts"]:
+            result["parts"] = parts(bench, *prompt, few)
+        result["prompts"].append(compare(bench, f"prompts, {size} random tokens", prompts,
+                                         args.rounds, prompt))
+    # (a tokenizer of another size would not fit)
+    if check(Path("data/python")).get("vocab_size", math.inf) <= bench.cfg.vocab_size:
+        bench.text = load("python")[1]
+        result["text"] = compare(bench, f"prompts, {size} tokens of text", prompts,
+                                 args.rounds, prompt)
+        bench.text = None
+    result["latency"] = latency(bench, few // 2)
+    result["training"] = compare(bench, f"a training step, {size} random tokens",
+                                 make_training(bench), few, prompt, passes=3)
+    print(f"  {bench.compared:,} rows that were fetched for prompts from this table were "
+          "compared with rows read again: all equal")
     # over a link four times slower it takes two to three blocks to hide the transfer
     bench = Bench(setup, args.device, sizes[0], gbps / 4)
-    return {"backbone": setup["shape"], "prompts": tables, "others": others,
-            "crossover": crossover(bench, half, prompt)}
+    result["crossover"] = crossover(bench, few, prompt)
+    return result
 
 
 def paper(args):
@@ -341,8 +484,7 @@ def paper(args):
     lengths = np.linspace(100, 1024, 32).astype(int).tolist()
     what = f"the paper's setting, {count(bench.model) / 1e9:.2f}B dense"
     return [compare(bench, f"{what}: prefill of 512 prompts", prompts, 5,
-                    [(16, T) for T in lengths]),
-            compare(bench, f"{what}: decoding, batch 64", decoding, 9, [(64, 1)] * NEW)]
+                    [(16, T) for T in lengths]), latency(bench, 2)]
 
 
 def read_flags(argv):
@@ -353,10 +495,10 @@ def read_flags(argv):
         "memory (on a GPU 24 GB); on a GPU the paper's setting too")
     add("--link_gbps", type=float, help="speed of the SIMULATED link, 0: none (default: on "
         "a CPU such that 2/3 of the compute before the memory hide a transfer)")
-    add("--rounds", type=int, default=32, help="turns of each arm (default: 32)")
+    add("--rounds", type=int, default=80, help="turns of each arm on prompts, of which "
+        "there are five times as many as of the rest (default: 80)")
     add("--device", default=devices[-1], choices=devices)
     add("--out", default="out_offload", help="folder for results (default: out_offload)")
-    add("--plot", action="store_true", help="only draw --out/offload.json again")
     args = parser.parse_args(argv)
     if args.device != "cpu" and args.link_gbps is None:
         args.link_gbps = 0
@@ -369,29 +511,28 @@ def read_flags(argv):
 
 def main(argv=None):
     args, began = read_flags(argv), time.time()
-    path, picture = Path(args.out) / "offload.json", Path(args.out) / "crossover.png"
-    if args.plot:
-        return draw(json.loads(path.read_text())["crossover"], picture)
+    folder = Path(args.out)
     setup = GPU
     if args.device == "cpu":
         setup = CPU
         keep_freed_memory()
         # a core for the worker
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     result = {"commit": commit(), "device": machine_name(args.device),
               "torch": str(torch.__version__), "threads": torch.get_num_threads(),
               "args": vars(args), **measure(args, setup)}
-    save(result, path)
-    draw(result["crossover"], picture)
+    save(result, folder)
+    draw(result, folder)
     if args.full and args.device != "cpu":
         result["paper"] = paper(args)
-        save(result, path)
-    print(f"all figures: {path}; {time.time() - began:.0f} s")
+        save(result, folder)
+    print(f"all figures: {folder}/offload.json; {time.time() - began:.0f} s")
 
 
-def save(result, path):
-    write_whole(path, lambda file: file.write(json.dumps(result, indent=1).encode()))
+def save(result, folder):
+    content = json.dumps(result, indent=1).encode()
+    write_whole(folder / "offload.json", lambda file: file.write(content))
 
 
 if __name__ == "__main__":

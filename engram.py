@@ -1,5 +1,5 @@
-""" Engram: a hashed n-gram memory with a context-aware gate (arXiv 2601.07372), in plain
-PyTorch.
+"""
+Engram: a hashed n-gram memory with a context-aware gate (arXiv 2601.07372), in plain PyTorch.
 
     from engram import Engram, EngramConfig       # model.py shows it at work
     python -m pytest test_engram.py -k demo       # hold it to the official demo
@@ -10,9 +10,10 @@ through a gate how much of what was read to believe. The row numbers depend on t
 alone, never on activations, so a read can start before the forward pass does.
 
 One step:
-  GPT.read, before the first block runs, for all memory layers:
-    row_ids = engram.hash(x)         which rows? x: canonical ids of the step's tokens
-    read = engram.read(row_ids)      gather each row once into a small tensor, read.leaf
+  GPT.addresses, on the host, while the step before is still under way:
+    address = engram.address(x)      hash: which rows? x: canonical ids of the step's tokens
+  GPT.read, before the first block runs:
+    read = engram.read(address)      gather each row once into a small tensor, read.leaf
   Block.forward:
     h = h + engram(h, read)          project what was read, gate it, add it to the stream
   train.py:
@@ -65,7 +66,7 @@ class EngramConfig:
     heads: int = opt(4, "hash heads per order; n-grams that share a row in one head "
                      "rarely do so in all of them", least=1)
     rows: tuple = opt((), "rows per head: one number, or one per order; by default as "
-                      "many as Engram gets for the experts that it gives up, see --rho")
+                      "many as make the parameters equal to the twin's, see --rho")
     width: int = opt(16, "numbers in one row", least=1)
     conv_kernel: int = opt(4, "taps of the short convolution; 0 leaves it out", least=0)
     conv_dilation: int = opt(0, "positions between its taps; 0: the largest order (paper)",
@@ -109,19 +110,28 @@ class EngramConfig:
 
 # ---- the module ------------------------------------------------------------------------
 
+class Address(NamedTuple):
+    """Which rows one layer reads in one step. It is on the host, wherever the model is."""
+    # [U] the different row numbers, sorted
+    row_ids: torch.Tensor
+    # [B, T, M] which of the U rows each token reads
+    inverse: torch.Tensor
+
+
 class Read(NamedTuple):
     """What one layer reads in one step."""
-    # [U] the different row numbers, sorted, on the table's device
+    # [U] as in Address, but on the table's device
     row_ids: torch.Tensor
     # [U, d] the values of those rows; in training an autograd leaf, so it gets a .grad
     leaf: torch.Tensor
-    # [B, T, M] which of the U rows each token reads
+    # [B, T, M] as in Address, but on the model's device
     inverse: torch.Tensor
     # waits until leaf is filled, see offload.py; None where it is filled already
     ready: Callable | None
 
     def part(self, sequences):
-        """Return the read of some of the step's sequences. All share one leaf."""
+        """Return the read of a micro-batch. All of a step share one leaf, where their
+        gradients add up."""
         return self._replace(inverse=self.inverse[sequences])
 
 
@@ -138,10 +148,10 @@ class Engram(nn.Module):
         # one flat table holds all heads; the slice of a head begins at its offset
         primes = np.array(head_primes(cfg)[block])                        # [orders, K]
         ends = np.cumsum(primes).reshape(primes.shape)
-        self.register_buffer("multipliers", torch.as_tensor(
-            hash_multipliers(cfg, block, n_canonical)))                   # [N]
-        self.register_buffer("primes", torch.as_tensor(primes))
-        self.register_buffer("offsets", torch.as_tensor(ends - primes))
+        # no buffers: these stay on the host, where the hash is computed
+        self.multipliers = torch.from_numpy(hash_multipliers(cfg, block, n_canonical))  # [N]
+        self.primes = torch.from_numpy(primes)
+        self.offsets = torch.from_numpy(ends - primes)
         # The table is a buffer, not a parameter, so autograd never allocates a gradient
         # for all R rows. RowAdam trains it.
         self.register_buffer("table", torch.empty(int(ends[-1, -1]), cfg.width,
@@ -170,7 +180,8 @@ class Engram(nn.Module):
                     module.bias.zero_()
 
     def forward(self, h, read, cache=None):
-        """Return what to add to the stream h [B, T, D], given a Read (eq. 3 to 5)."""
+        """Return what to add to the stream h [B, T, D], given a Read (eq. 3 to 5). cache:
+        this layer's own dict, see ShortConv."""
         e = lookup(read)                                                  # [B, T, d_mem]
         v = self.gate(h, e) * self.value(e)                               # [B, T, D]
         if not self.cfg.conv_kernel:
@@ -181,7 +192,8 @@ class Engram(nn.Module):
         """Return alpha [B, T, 1] from 0 to 1: does what was read fit here? (eq. 4)"""
         if self.cfg.gate == "off":
             return torch.ones_like(h[..., :1])
-        # does the key of what was read point the same way as the hidden state?
+        # does the key of what was read point the same way as the hidden state? (Under
+        # autocast the projection gives bfloat16.)
         key = self.norm_key(self.key(e).to(h.dtype))
         score = (key * self.norm_query(h)).sum(-1, keepdim=True) / math.sqrt(h.size(-1))
         if self.cfg.gate == "sqrt":
@@ -198,9 +210,9 @@ class Engram(nn.Module):
         x: [B, T] canonical ids; history: the up to N-1 ids just before them, None at the
         start of a text. Each of the last n ids is multiplied by the odd number of its place
         (the last one, the one before, ...), the products are XORed, and the remainder by
-        a head's prime is a row of that head. All heads of an order share the XOR: two n-grams that
-        collide in one head rarely collide in another, because the primes differ. int64
-        throughout: with ids below V' no product overflows.
+        a head's prime is a row of that head. All heads of an order share the XOR, but each
+        has its own prime, so two n-grams that collide in one head rarely do in another.
+        int64 throughout: with ids below V' no product overflows.
 
         By hand, for 2-grams and two heads: ids 5, 7, multipliers 3 (for the last id) and
         11, primes 13 and 17. (7 * 3) ^ (5 * 11) = 21 ^ 55 = 34. First head: 34 % 13 = 8.
@@ -223,6 +235,7 @@ class Engram(nn.Module):
                 # count as pad
                 same_text = same_text & (past != self.pad)
                 past = torch.where(same_text, past, self.pad)
+            # from here on mix belongs to the (k+1)-gram
             mix = mix ^ (past * self.multipliers[k])
             if k + 1 in self.cfg.orders:
                 i = self.cfg.orders.index(k + 1)
@@ -230,20 +243,24 @@ class Engram(nn.Module):
                 row_ids.append(mix[..., None] % self.primes[i] + self.offsets[i])
         return torch.cat(row_ids, dim=-1)
 
-    def read(self, row_ids):
-        """Return the Read of row numbers [B, T, M].
+    def address(self, x, history=None):
+        """Return the Address of the tokens x: their row numbers, each once."""
+        return Address(*self.hash(x, history).unique(return_inverse=True))
+
+    def read(self, address):
+        """Return the Read of an Address.
 
         Every different row is gathered once into one small tensor, the leaf. Autograd
-        sees its [U, d] numbers and never the table's [R, d], so a step costs the same with
-        1e5 rows or with 1e7. Where the table lives matters only here and in RowAdam."""
-        # the different rows, and where in them each of the B * T * M reads is found
-        unique, inverse = row_ids.unique(return_inverse=True)
+        sees its [U, d] numbers and never the table's [R, d]. Where the table lives matters
+        only here and in RowAdam. Nothing here makes the host wait for a GPU."""
+        row_ids, device = address.row_ids, self.value.weight.device
         if self.fetch is None:
-            leaf, ready = self.table.index_select(0, unique), None
+            row_ids = row_ids.to(device, non_blocking=True)
+            leaf, ready = self.table.index_select(0, row_ids), None
         else:
-            unique, leaf, ready = self.fetch.start(self.table, unique)
+            leaf, ready = self.fetch.start(self.table, row_ids, device)
         leaf.requires_grad_(torch.is_grad_enabled())
-        return Read(unique, leaf, inverse, ready)
+        return Read(row_ids, leaf, address.inverse.to(device, non_blocking=True), ready)
 
 
 class ShortConv(nn.Module):
@@ -295,11 +312,11 @@ class RowAdam:
 
     Dense Adam would go through all R rows, and its momentum would move rows that were not
     read. Bias correction needs a step count. Here each row has its own, its number of
-    visits. torch.optim.SparseAdam has one for all rows, so a row that is first read late
-    takes a first step 2.2 times too small (beta2 0.95). In text most rows are."""
+    visits. torch.optim.SparseAdam has one for all rows, so a row that is first read late,
+    as most are, takes a first step 2.2 times too small (beta2 0.95)."""
 
     def __init__(self, tables, betas=(0.9, 0.95), eps=1e-15):
-        """tables: list of [R, d] tensors, changed in place. Moments are made beside them."""
+        """tables: list of [R, d] tensors, changed in place; so place() the model first."""
         self.tables, self.betas, self.eps = tables, betas, eps
         self.state = []
         for table in tables:
@@ -329,8 +346,8 @@ class RowAdam:
 
 
 def with_gradient(table, row_ids, grad):
-    """Return a Read with which RowAdam updates rows [U] of table, all different, by their
-    gradient [U, d]. Those that do not come from a forward pass are made here."""
+    """Return a Read with which RowAdam updates rows [U] of table, all different, by a
+    gradient [U, d] that does not come from a forward pass alone (ranks.py)."""
     leaf = table[row_ids.to(table.device)].to(grad.device).requires_grad_()
     leaf.grad = grad
     return Read(row_ids, leaf, None, None)

@@ -1,8 +1,8 @@
-""" A GPT with a mixture of experts in every block and an Engram memory in some, in plain
-PyTorch.
+"""
+A GPT with a mixture of experts in every block and an Engram memory in some, in plain PyTorch.
 
     model = GPT(GPTConfig(...), canonical)              # canonical: engram.canonical_ids(...)
-    logits, loss = model(idx, targets)                  # train.py and sample.py do this
+    logits, loss = model(idx, targets)
 
 The idea is the first statement of Block.forward. A block without an Engram skips it, and
 a plain pre-norm GPT with experts is left; with n_expert=0 too, a plain dense GPT.
@@ -137,8 +137,8 @@ class Cache:
 class GPT(nn.Module):
 
     def __init__(self, cfg, canonical):
-        """canonical: the canonical id of each token, [V]. Before a text stands the last
-        token of the vocabulary, end of text."""
+        """canonical: the canonical id of each token, [V]. N-grams that begin before the
+        text are filled up with the last token of the vocabulary, end of text."""
         super().__init__()
         self.cfg = cfg
         canonical = np.asarray(canonical)
@@ -151,7 +151,7 @@ class GPT(nn.Module):
             raise ValueError(f"engram blocks {memory_in}: the model has blocks 0 to "
                              f"{cfg.n_layer - 1}")
         n_canonical, pad = int(canonical.max()) + 1, int(canonical[-1])
-        self.register_buffer("canonical", torch.as_tensor(canonical))
+        self.canonical = torch.from_numpy(canonical)     # no buffer: it stays on the host
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)             # also the head
         self.conv = ShortConv(cfg.n_embd, 4, cfg.conv_dilation) if cfg.conv_in >= 0 else None
         self.embed_in = nn.Embedding(cfg.vocab_size, cfg.n_embd) if cfg.untied else None
@@ -190,31 +190,36 @@ class GPT(nn.Module):
     def engrams(self):
         return [block.engram for block in self.blocks if block.engram is not None]
 
-    def read(self, idx, cache=None):
-        """Hash tokens idx [B, T] and start to read the rows; return a Read per memory
-        layer.
-
-        This needs token ids alone, so it can run before the forward pass, or beside
-        another one. If a table is in host memory, its rows are now under way. When
-        decoding, give the cache: the hash needs the N-1 tokens before."""
+    def addresses(self, idx, cache=None):
+        """Return an Address per memory layer of tokens idx [B, T]. This needs token ids
+        alone, not even the weights, so it can run long before the forward pass. Ids on a
+        GPU have to come to the host first. When decoding, give the cache: the hash needs
+        the N-1 tokens before."""
         if not self.engrams():
             return []
-        x = self.canonical[idx]
+        x = self.canonical[idx.cpu()]
         # the canonical ids before idx, if there is a text before it
         history = cache.history if cache is not None else None
-        reads = [engram.read(engram.hash(x, history)) for engram in self.engrams()]
+        addresses = [engram.address(x, history) for engram in self.engrams()]
         if cache is not None:
             # keep the last N-1 for the next call
             text = x if history is None else torch.cat([history, x], dim=1)
             longest = self.cfg.engram.orders[-1] - 1
             cache.history = text[:, max(0, text.size(1) - longest):]
-        return reads
+        return addresses
+
+    def read(self, addresses):
+        """Return a Read per memory layer. If a table is in host memory, its rows are now
+        under way."""
+        return [engram.read(address)
+                for engram, address in zip(self.engrams(), addresses, strict=True)]
 
     def forward(self, idx, targets=None, reads=None, cache=None):
         """Return logits [B, T, V] for tokens idx [B, T], and the loss (mean cross-entropy
         in nats per token; None without targets).
 
-        reads: from read(), by default called here; an empty list switches the memory off.
+        reads: from read(addresses(idx)), by default made here; an empty list switches the
+        memory off.
         cache: the text before idx; it is extended. Too long a text is a ValueError."""
         # where in the context idx stands
         start = cache.length if cache is not None else 0
@@ -222,7 +227,7 @@ class GPT(nn.Module):
         if end > self.cfg.block_size:
             raise ValueError(f"{end} tokens, but the context holds {self.cfg.block_size}")
         if reads is None:
-            reads = self.read(idx, cache)
+            reads = self.read(self.addresses(idx, cache))
         if cache is not None:
             cache.length = end
         rope = self.cos[start:end], self.sin[start:end]
@@ -295,7 +300,7 @@ def hash_probe(model):
     """Return the row numbers of a fixed text, a list per memory layer. A checkpoint
     holds them: if they differ now, the hash was changed, and would read wrong rows."""
     # any text will do, if its n-grams differ
-    idx = torch.arange(12, device=model.canonical.device) * 37 % model.cfg.vocab_size
+    idx = torch.arange(12) * 37 % model.cfg.vocab_size
     x = model.canonical[idx][None]
     return [engram.hash(x).flatten().tolist() for engram in model.engrams()]
 
@@ -306,13 +311,13 @@ def hash_probe(model):
 def generate(model, idx, max_new_tokens, temperature=0.8, top_k=50, generator=None, memory=True):
     """Continue tokens idx [1, T]; yield each new id as soon as it is known.
 
-    Each token is computed once: keys, values, the last n-gram and the last inputs of the
-    convolution are kept in a Cache. When the context is full, go on from its last half.
+    Keys, values, the last n-gram and the last inputs of the convolution are kept in a
+    Cache, so each token is computed once. A full context is begun anew with its last half.
     temperature 0: always the most likely token; top_k: choose among so many."""
     # the prompt, at most a full context of it
     text = idx[:, -model.cfg.block_size:]
     cache, idx = Cache(model.cfg), text
-    reads = model.read(idx, cache) if memory else []
+    reads = model.read(model.addresses(idx, cache)) if memory else []
     for _ in range(max_new_tokens):
         logits = model(idx, reads=reads, cache=cache)[0][:, -1].float()
         if temperature < 1e-6:
@@ -326,7 +331,7 @@ def generate(model, idx, max_new_tokens, temperature=0.8, top_k=50, generator=No
         if cache.length == model.cfg.block_size:
             cache, idx = Cache(model.cfg), text[:, -max(1, model.cfg.block_size // 2):]
         # the rows of the next step are under way while the caller prints this token
-        reads = model.read(idx, cache) if memory else []
+        reads = model.read(model.addresses(idx, cache)) if memory else []
         yield new
 
 
@@ -383,7 +388,7 @@ def load_checkpoint(path, map_file=False):
         saved = torch.load(path, "cpu", mmap=map_file, weights_only=True)
         # shapes only: no table is filled with numbers that are overwritten at once
         with torch.device("meta"):
-            model = GPT(GPTConfig(**saved["shape"]), saved["model"]["canonical"])
+            model = GPT(GPTConfig(**saved["shape"]), saved["canonical"])
         model.load_state_dict(saved["model"], assign=True)
         probe = saved["hash_probe"]
     except Exception as error:

@@ -20,12 +20,13 @@ class SwiGLU(nn.Module):
 
     def __init__(self, n_embd, hidden):
         super().__init__()
-        # gate and up in one matmul
+        # gate and up, one above the other
         self.w_in = nn.Linear(n_embd, 2 * hidden, bias=False)
         self.w_out = nn.Linear(hidden, n_embd, bias=False)
 
     def forward(self, x):
-        gate, up = self.w_in(x).chunk(2, dim=-1)
+        # two matmuls: after one, backward would copy both gradients into one tensor
+        gate, up = (F.linear(x, w) for w in self.w_in.weight.chunk(2))
         return self.w_out(F.silu(gate) * up)
 
 
@@ -124,13 +125,17 @@ class MoE(nn.Module):
         return (h * weight[..., None]).sum(1)
 
     def few_tokens(self, x, chosen, weight):
-        """Return the same sum for a few tokens, as in decoding: fetch the weights of each
-        pair's expert instead of sorting the pairs."""
-        expert = chosen.flatten()
-        h = x.repeat_interleave(self.top_k, 0)[:, None]                # [S * k, 1, D]
-        gate, up = (h @ self.w_in[expert].to(x.dtype)).chunk(2, dim=-1)
-        h = (F.silu(gate) * up) @ self.w_out[expert].to(x.dtype)
-        return (h.view(*chosen.shape, -1) * weight[..., None]).sum(1)
+        """Return the same sum for a few tokens, as in decoding: one pair after the other.
+        The numbers of the experts are needed on the host. To index w_in with them there
+        would copy the experts' weights, and take longer than to multiply by them."""
+        sums = []
+        for token, experts, weights in zip(x, chosen.tolist(), weight, strict=True):
+            parts = []
+            for e in experts:
+                gate, up = (token @ self.w_in[e].to(x.dtype)).chunk(2)
+                parts.append((F.silu(gate) * up) @ self.w_out[e].to(x.dtype))
+            sums.append(weights @ torch.stack(parts))
+        return torch.stack(sums)                                       # [S, D]
 
     @torch.no_grad()
     def move_bias(self, step):

@@ -10,14 +10,16 @@ at the place of use. What takes part, in the order in which it appears:
 
     leaf            the small tensor [U, d] on the model's device that the forward pass
                     reads. It is empty at first. A Read carries it (engram.py).
+    free            an event, that is, a mark in the GPU's queue of work: from there on the
+                    memory of leaf, which may have been used before, is free.
     worker          a thread beside the main one. It gathers rows of the table in host
                     memory, so that the main thread can go on and start the blocks.
     staging buffer  where the worker puts the rows for a GPU. It is pinned (the system may
                     not move it): only from pinned memory can a GPU copy while it computes.
     copy stream     a queue of the GPU for this copy alone. In the compute queue the copy
                     would wait for the blocks queued before it.
-    event           a mark in the copy stream, behind the copy. At the place of use the
-                    compute queue waits for it. A thread waits for the worker alone.
+    event           another mark, in the copy stream behind the copy. At the place of use the
+                    compute queue waits for it. The main thread waits for the worker only.
 
 Time runs to the right; the forward pass of a step with the memory in block 1:
 
@@ -29,7 +31,6 @@ Time runs to the right; the forward pass of a step with the memory in block 1:
 On a CPU there are neither queues nor copies: the worker gathers straight into leaf, and
 ready() waits for the worker. The table itself is not pinned: the GPU never touches it.
 """
-import copy
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 
@@ -37,11 +38,13 @@ import numpy as np
 import torch
 
 from common import fail
+from engram import lookup
 
 
 class Fetch:
     """Reads the rows of a table that is not on the model's device. Every read has a
-    staging buffer and a leaf of its own, so several can be under way at once."""
+    staging buffer and a leaf of its own, so several can be under way; one worker serves
+    them in order."""
 
     def __init__(self, prefetch=True):
         """prefetch False: gather at the place of use, where everything waits for it. That
@@ -49,58 +52,54 @@ class Fetch:
         self.worker = ThreadPoolExecutor(1, "prefetch") if prefetch else None
         self.copy_stream = None
 
-    def start(self, table, row_ids):
-        """Begin to read rows [U] of table [R, d], after the update of the step before.
+    def start(self, table, row_ids, device):
+        """Begin to read rows [U] of table [R, d], both on the host. Call it when the update
+        of the step before has ended, and call ready() before the next update.
 
-        Return the row numbers on the table's device, leaf [U, d] on the model's device,
-        and ready(). Use neither tensor before ready() has been called. It raises what went
-        wrong in the worker."""
-        leaf = table.new_empty(len(row_ids), table.size(1), device=row_ids.device)
-        arrived = None
-        if not leaf.is_cuda:
-            row_ids = row_ids.cpu()
-        else:
-            # copy the row numbers to the host; the event says when they are there
-            on_host = torch.empty(row_ids.shape, dtype=row_ids.dtype, pin_memory=True)
-            row_ids = on_host.copy_(row_ids, non_blocking=True)
-            arrived = torch.cuda.current_stream(leaf.device).record_event()
+        Return leaf [U, d] on device, and ready(). Do not use leaf before ready() has been
+        called. It raises what went wrong in the worker."""
+        leaf = table.new_empty(len(row_ids), table.size(1), device=device)
+        free = torch.cuda.current_stream(device).record_event() if leaf.is_cuda else None
         # detach: leaf becomes a leaf of autograd while the worker still writes to it
-        job = (table, row_ids, leaf.detach(), arrived)
+        job = (table, row_ids, leaf.detach(), free)
         if self.worker is not None:
             wait_for_gather = self.worker.submit(self.gather, *job).result
         else:
             # ready() is called once per micro-batch: gather at its first call only
             wait_for_gather = cache(partial(self.gather, *job))
-        return row_ids, leaf, partial(self.finish, wait_for_gather, leaf)
+        return leaf, partial(self.finish, wait_for_gather, leaf)
 
-    def gather(self, table, row_ids, leaf, arrived):
-        """Fill leaf. For a GPU, return the event behind the copy that fills it. arrived:
-        the event after which row_ids is on the host and leaf's memory is free."""
+    def gather(self, table, row_ids, leaf, free):
+        """Fill leaf. For a GPU, return the event behind the copy that fills it. free: the
+        event after which leaf's memory, perhaps used before, is free."""
         if leaf.device.type == "cpu":
             take(table, row_ids, leaf)
             return None
-        if not leaf.is_cuda:
+        # a leaf that was made in inference mode may be written in inference mode only,
+        # and that mode belongs to a thread
+        with torch.inference_mode(leaf.is_inference()):
+            if leaf.is_cuda:
+                return self.copy_to_gpu(table, row_ids, leaf, free)
             # another accelerator: an ordinary copy, for which everything waits
             leaf.copy_(table[row_ids])
-            return None
-        if self.worker is not None:
-            arrived.synchronize()
-        else:
-            # no prefetch: begin when the GPU has done all that was queued before
+
+    def copy_to_gpu(self, table, row_ids, leaf, free):
+        if self.worker is None:
+            # no prefetch: overlap nothing, wait until the GPU has done all queued before
             torch.cuda.current_stream(leaf.device).synchronize()
         staging = torch.empty(leaf.shape, dtype=leaf.dtype, pin_memory=True)
         take(table, row_ids, staging)
         if self.copy_stream is None:
             self.copy_stream = torch.cuda.Stream(leaf.device)
-        # a leaf that was made in inference mode may be written in inference mode only,
-        # and that mode belongs to a thread
-        with torch.cuda.stream(self.copy_stream), torch.inference_mode(leaf.is_inference()):
+        with torch.cuda.stream(self.copy_stream):
+            self.copy_stream.wait_event(free)
             leaf.copy_(staging, non_blocking=True)
             # the memory of leaf is not used again before this copy ends, even if leaf is
             # dropped; for pinned memory, as staging's, torch sees to that unasked
             leaf.record_stream(self.copy_stream)
             return self.copy_stream.record_event()
 
+    # a compiler cannot wait for a thread
     @torch.compiler.disable
     def finish(self, wait_for_gather, leaf):
         """Wait for the worker and, on a GPU, queue what comes next behind the copy."""
@@ -139,18 +138,10 @@ def place(model, device, where="resident", prefetch=True):
 
 def check_rows(model, idx):
     """Refuse a device that reads other rows for tokens idx [B, T] than the CPU does.
-    Outside cpu and cuda, unique() and index_select() have had silent errors."""
-    device = model.canonical.device
-    x = model.canonical.cpu()[idx]
-    reads = model.read(idx.to(device))
-    for engram, read in zip(model.engrams(), reads, strict=True):
-        if read.ready is not None:
-            read.ready()
-        values = read.leaf[read.inverse].cpu()
-        # a copy on the CPU, without the Fetch, whose thread cannot be copied
-        fetch, engram.fetch = engram.fetch, None
-        on_cpu = copy.deepcopy(engram).cpu()
-        engram.fetch = fetch
-        if not torch.equal(values, on_cpu.table[on_cpu.hash(x)]):
-            fail(f"device {device} reads other rows of the table than the CPU does, so it "
-                 "cannot be used: take --device cpu")
+    Outside cpu and cuda, index_select() has had silent errors."""
+    for engram, address in zip(model.engrams(), model.addresses(idx), strict=True):
+        found = lookup(engram.read(address)).cpu()
+        want = engram.table.cpu()[address.row_ids][address.inverse].flatten(2)
+        if not torch.equal(found, want):
+            fail(f"device {model.embed.weight.device} reads other rows of the table than the "
+                 "CPU does, so it cannot be used: take --device cpu")

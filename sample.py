@@ -140,7 +140,7 @@ def write_fact(model, trigger, answer):
     rows = [engram.hash(model.canonical[idx])[0, at:].unique() for engram in model.engrams()]
     row_adam = RowAdam([engram.table for engram in model.engrams()])
     for _ in range(15):
-        reads = model.read(idx)
+        reads = model.read(model.addresses(idx))
         logits = model(idx, reads=reads)[0][0, at:]
         loss = F.cross_entropy(logits, torch.tensor(answer))
         grads = torch.autograd.grad(loss, [read.leaf for read in reads])

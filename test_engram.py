@@ -149,7 +149,7 @@ def test_demo_addresses_and_outputs(name):
             conv = known["short_conv.conv.weight"][branch * D:(branch + 1) * D]
             state["conv.taps"] = conv[:, 0].T                              # [kernel, D]
             module.load_state_dict(state)
-            out = module(known["h"][:, :, branch], module.read(rows))
+            out = module(known["h"][:, :, branch], module.read(module.address(x)))
             torch.testing.assert_close(out, known["out"][:, :, branch], rtol=0, atol=1e-5)
 
 
@@ -229,8 +229,9 @@ def test_read_is_plain_indexing_and_gradients_reach_everything():
     """Wrong inverse, or a gradient that counts a row read twice once; table and projection
     both zero: neither ever learns, and the loss looks as usual."""
     module = tiny_module(heads=4, rows=5)
-    row_ids = module.hash(torch.randint(0, 30, (2, 50)))
-    read, plain = module.read(row_ids), module.table.clone().requires_grad_()
+    x = torch.randint(0, 30, (2, 50))
+    row_ids, read = module.hash(x), module.read(module.address(x))
+    plain = module.table.clone().requires_grad_()
     assert len(read.row_ids) == len(row_ids.unique()) < row_ids.numel()
     assert torch.equal(lookup(read), plain[row_ids].flatten(2))
     h = (0.02 * torch.randn(2, 50, 8)).requires_grad_()       # as the embedding starts
@@ -301,7 +302,7 @@ def test_gates_and_dilations_that_the_demo_lacks(gate, orders, dilation):
     module = tiny_module(gate=gate, orders=orders, conv_dilation=dilation)
     torch.nn.init.normal_(module.conv.taps)
     h, x = torch.randn(2, 30, 8), torch.randint(0, 30, (2, 30))
-    read = module.read(module.hash(x))
+    read = module.read(module.address(x))
     e, alpha = lookup(read), 1
     if gate == "plain":
         dot = F.rms_norm(module.key(e), (8,)) * F.rms_norm(h, (8,))
@@ -709,16 +710,17 @@ def test_offloaded_is_resident_bit_for_bit(prefetch, refused, monkeypatch):
         chunks = [model(part, cache=cache)[0] for part in idx.split([1, 1, 7, 11], dim=1)]
         text = torch.tensor(list(generate(model, idx[:1, :4], 20, temperature=0)))
         # several reads under way at once, the last one used first
-        reads = [model.read(row[None]) for row in idx]
+        reads = [model.read(model.addresses(row[None])) for row in idx]
         late = [model(idx[i:i + 1], reads=reads[i])[0] for i in (2, 1, 0)]
         return [model(idx)[0], *chunks, text, *late]
 
     want = outputs()
     place(model, "cpu", "host", prefetch)
-    assert all(read.ready for read in model.read(idx))
+    assert all(read.ready for read in model.read(model.addresses(idx)))
     assert all(map(torch.equal, outputs(), want))
     right = Engram.read
-    monkeypatch.setattr(Engram, "read", lambda self, ids: right(self, ids.roll(1, 1)))
+    monkeypatch.setattr(Engram, "read", lambda self, address: right(
+        self, address._replace(inverse=address.inverse.roll(1, 1))))
     refused("other rows", check_rows, model, idx)
 
 
@@ -747,7 +749,7 @@ def test_reads_start_early(monkeypatch):
     # at the place of use: not before, and once a read
     Slow.begun, Slow.works = 0, True
     place(model, "cpu", "host", prefetch=False)
-    reads = model.read(idx)
+    reads = model.read(model.addresses(idx))
     time.sleep(0.1)
     assert Slow.begun == 0
     for _ in range(2):
@@ -755,8 +757,26 @@ def test_reads_start_early(monkeypatch):
     assert Slow.begun == 2
 
 
+def test_addresses_are_ready_a_step_ahead(corpus, tmp_path, monkeypatch):
+    """A forward pass for which the host waits; addresses that wait for the update before."""
+    model, idx = tiny_gpt(n_expert=0), torch.randint(VOCAB, (2, 8))
+    addresses = model.addresses(idx)
+    # a device without data: nothing can come back from it to the host
+    model.to("meta")
+    reads, idx = model.read(addresses), idx.to("meta")
+    model(idx, idx, reads)[1].backward()
+    assert all(read.leaf.grad.is_meta for read in reads)
+    order, addresses, step = [], GPT.addresses, RowAdam.step
+    monkeypatch.setattr(GPT, "addresses", lambda *args: order.append(1) or addresses(*args))
+    monkeypatch.setattr(RowAdam, "step", lambda *args: order.append(2) or step(*args))
+    run(train, *corpus, *TINY, "--model", "engram", "--out_dir", tmp_path)
+    # up to the first evaluation, after four steps
+    assert order[:9] == [1, 1, 2, 1, 2, 1, 2, 1, 2]
+
+
 def test_another_accelerator_takes_the_plain_path():
-    """A stream, an event or pinned memory of CUDA where there is none."""
+    """A stream, an event or pinned memory of CUDA where there is none; a leaf that the worker
+    may not write."""
     class Elsewhere(torch.Tensor):
         device = property(lambda self: torch.device("mps"))
 
@@ -764,11 +784,10 @@ def test_another_accelerator_takes_the_plain_path():
             raise TypeError("not in host memory")
 
     table, row_ids = torch.randn(50, 4), torch.tensor([3, 7, 11])
-    leaf = torch.empty(3, 4).as_subclass(Elsewhere)
-    for prefetch in (True, False):
-        leaf.zero_()
-        assert Fetch(prefetch).gather(table, row_ids, leaf, None) is None
-        assert torch.equal(leaf.as_subclass(torch.Tensor), table[row_ids])
+    with torch.inference_mode():
+        leaf = torch.empty(3, 4).as_subclass(Elsewhere)
+    assert Fetch().gather(table, row_ids, leaf, None) is None
+    assert torch.equal(leaf.as_subclass(torch.Tensor), table[row_ids])
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -1242,20 +1261,26 @@ def test_bench(tiny_setup, tmp_path, capsys):
     before, path = set(threading.enumerate()), tmp_path / "offload.json"
     run(bench_offload, *"--full --rounds 6 --device cpu --out".split(), tmp_path)
     printed, result = capsys.readouterr().out, json.loads(path.read_text())
-    tables = result["prompts"] + result["others"]
-    assert len(tables) == 3 + 3 + 1
+    tables = [*result["prompts"], result["training"]]
+    assert len(tables) == 3 + 1 and result["latency"]["n"] == 3 * 32
     for table in tables:
         assert list(table["arms"]) == ["no Engram", "resident", "synchronous", "prefetched"]
         assert all(len(figures["ms"]) == 6 for figures in table["arms"].values())
         assert "\n".join(table["lines"]) in printed and "SIMULATED" in table["lines"][1]
+    # hash, unique, gather, two blocks, and the wait within the second
+    names = {what for _, what, *_ in result["parts"]["time_line"]}
+    assert names == {"hash", "unique", "gather", "block 0", "block 1", "wait"}
     assert [p["block"] for p in result["crossover"]["points"]] == [0, 1]
     gc.collect()
     assert set(threading.enumerate()) <= before
-    # the figures in the repository can still be drawn
-    (tmp_path / "crossover.png").unlink()
-    shutil.copy(HERE / "experiments" / "results" / "offload" / "offload.json", path)
-    run(bench_offload, "--plot", "--out", tmp_path)
-    assert (tmp_path / "crossover.png").exists()
+    assert {p.name for p in tmp_path.glob("*.png")} == {"crossover.png", "time_line.png"}
+    # a wrong row does not pass for a fast one
+    bench = bench_offload.Bench(tiny_setup, "cpu", 500, 0)
+    bench.use("prefetched")
+    reads = bench_offload.prompts(bench, bench.batches([(2, 32)]))
+    bench.trust(reads)
+    with pytest.raises(AssertionError, match="wrong rows"):
+        bench.trust([reads[0]._replace(row_ids=reads[0].row_ids.roll(1))])
 
 
 def test_the_readme():

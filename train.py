@@ -2,13 +2,14 @@
 Train a transformer with Engram, its MoE-only twin of equal parameters and compute, and
 Engram with a larger table.
 
-    python train.py                          # all three, on Python's own source
+    python train.py                          # all three; on a CPU, on Python's own source
     python train.py --model engram --steps 2000 --rho 0.5 --out_dir out2
     python train.py --resume                 # the same command again, after a crash or Ctrl-C
 
 The idea: the parameters that a token does not use sit in experts (the twin) or in a table
 (Engram). All else is equal (total and active parameters, data, steps), so the gap between
-these two curves is what the memory is worth, up to the noise of seeds.
+these two curves is what the memory is worth, up to the noise of seeds. The third model
+shows what more rows add.
 """
 import math
 import os
@@ -119,12 +120,12 @@ def train(name, shape, cfg, tell):
     # compiled or not, it is the same model; evaluation uses it uncompiled
     forward = torch.compile(model) if cfg.compile else model
     moes = [block.moe for block in model.blocks if block.moe.n_expert]
-    # the sequences of a step, or this process's share of them, are computed a micro-batch
-    # at a time
-    n, size = cfg.tokens_per_step // shape.block_size // ranks.RANKS, cfg.batch_size
-    micro_batches = [slice(i, i + size) for i in range(0, n, size)]
+    # this process's share of a step's sequences is computed a micro-batch at a time
+    n = cfg.tokens_per_step // shape.block_size // ranks.RANKS
+    micro_batches = [slice(i, i + cfg.batch_size) for i in range(0, n, cfg.batch_size)]
+    x, y, addresses = prepare(state["step"], data, model, cfg)
     tell(name, state["step"])
-    # since the last evaluation: when it ended, and of each step loss and load of experts
+    # since the last evaluation: when that ended; each step's loss; its busiest expert's load
     began, losses, loads = time.perf_counter(), [], []
 
     for step in range(state["step"], cfg.steps + 1):
@@ -137,8 +138,8 @@ def train(name, shape, cfg, tell):
                 torch.accelerator.synchronize(device)
             spent = time.perf_counter() - began                    # in training alone
             state["step"], state["seconds"] = step, state["seconds"] + spent
-            record = training_record(state, cfg, losses, loads, spent)
-            record |= evaluate(model, row_adam, data, cfg.batch_size, autocast(cfg))
+            record = (training_record(state, cfg, losses, loads, spent)
+                      | evaluate(model, row_adam, data, cfg.batch_size, autocast(cfg)))
             check_finite(record["val_loss"], step, path)
             state["records"].append(record)
             save(path, model, backbone, row_adam, state)
@@ -149,11 +150,9 @@ def train(name, shape, cfg, tell):
             break
 
         # ---- forward and backward
-        x, y = (torch.from_numpy(ids).to(device)
-                for ids in data.batch(step, ranks.RANK, ranks.RANKS))
-        # Start to read rows of the tables. This needs token ids alone, so the rows can
+        # Start to read rows of the tables. Their addresses are known, so the rows can
         # arrive while the first blocks compute.
-        reads = model.read(x)
+        reads = model.read(addresses)
         loss = 0.0
         for part in micro_batches:
             part_reads = [read.part(part) for read in reads]
@@ -163,9 +162,12 @@ def train(name, shape, cfg, tell):
             loss += part_loss.detach()
         missing = [key for key, p in model.named_parameters() if p.grad is None]
         assert not missing, f"no gradient reached {missing}"
-        # of several processes: the mean loss, gradients and loads, and all rows read
+        # of several processes: give all of them the mean loss, gradients and loads, and
+        # the rows that any has read
         reads = ranks.meet(loss, model, moes, reads, row_adam.tables)
-        # this waits for a GPU, as unique() within model.read does
+        # The next step's addresses need its tokens alone, not this step's update. A GPU is
+        # still at work here: the host waits for it only in the next line.
+        x, y, addresses = prepare(step + 1, data, model, cfg)
         loss = loss.item()
         check_finite(loss, step, path)
 
@@ -180,11 +182,20 @@ def train(name, shape, cfg, tell):
             optimizer.step()
             optimizer.zero_grad()
         ranks.update(row_adam, reads, lr * cfg.table_lr)
-        # balance the experts; each layer returns how uneven its load was
-        uneven = [moe.move_bias(cfg.balance_step * lr / cfg.lr) for moe in moes]
-        loads.append(sum(uneven) / max(1, len(moes)))
+        # balance the experts; each layer returns its busiest one's load over the mean
+        busiest = [moe.move_bias(cfg.balance_step * lr / cfg.lr) for moe in moes]
+        loads.append(sum(busiest) / max(1, len(moes)))
         losses.append(loss)
         tell(name, step + 1, loss)
+
+
+def prepare(step, data, model, cfg):
+    """Return x and y of a step, and the addresses that x reads; behind the last step, those
+    of the last."""
+    batch = data.batch(min(step, cfg.steps - 1), ranks.RANK, ranks.RANKS)
+    x, y = map(torch.from_numpy, batch)
+    return (x.to(cfg.device, non_blocking=True), y.to(cfg.device, non_blocking=True),
+            model.addresses(x))
 
 
 def start(path, shape, cfg, data):
@@ -205,8 +216,8 @@ def start(path, shape, cfg, data):
     saved = None
     if path.exists():
         saved, model = load_checkpoint(path)
-        # --steps may change, but not below those already trained. The learning rate then
-        # follows the new --steps.
+        # --steps may change, and the learning rate then follows the new --steps; but what
+        # has been trained stays trained
         allowed = saved["run"] | {"steps": max(cfg.steps, saved["step"])}
         differ = differences(allowed, run)
         if differ:
@@ -216,6 +227,7 @@ def start(path, shape, cfg, data):
         model = GPT(shape, canonical_ids(data.token_bytes, compress))
     # move it; a large table always stays in host memory
     place(model, cfg.device, "host" if path.parent.name == "large" else cfg.table)
+    # an accelerator that nobody has tried may err in silence
     if torch.device(cfg.device).type not in ("cpu", "cuda"):
         check_rows(model, torch.from_numpy(data.batch(0)[0]))
     # optimisers are made of what has been moved
@@ -223,7 +235,7 @@ def start(path, shape, cfg, data):
     header = describe(path.parent.name, model, cfg, data)
     state = {"step": 0, "seconds": 0.0, "records": [], "header": header, "run": run,
              "shape": asdict(shape), "tokenizer": data.meta["tokenizer"],
-             "hash_probe": hash_probe(model)}
+             "canonical": model.canonical, "hash_probe": hash_probe(model)}
     # and the state of training: new, or as it was saved
     if saved:
         tqdm.write(f"{path.parent.name:6s} continues after step {saved['step']:,}")
@@ -253,7 +265,7 @@ def optimisers(model, cfg):
     matrices, others, embed_in = ({"params": [], "lr_scale": 1.0} for _ in range(3))
     others["weight_decay"] = 0.0
     embed_in["lr_scale"] = cfg.embed_lr
-    # Muon: by how many matrices stand side by side in one parameter
+    # Muon: {how many matrices stand side by side in one parameter: its group}
     muon = {parts: {"params": [], "parts": parts, "lr_scale": 1.0} for parts in (1, 2, 3)}
     for name, p in model.named_parameters():
         group = matrices
@@ -394,7 +406,7 @@ def main(argv=None):
     cfg, shape = read_flags(argv)
     cfg.device = ranks.begin(cfg.device)
     # fail now, not at the first step or plot, if a compiler or matplotlib is missing
-    compilers = (os.environ.get("CXX", "g++"), "clang++")
+    compilers = ((os.environ.get("CXX") or "g++").split()[0], "clang++")
     if cfg.compile and not any(map(shutil.which, compilers)):
         fail("--compile needs a C++ compiler; there is no g++ or clang++ here: leave it out")
     new_figure()
@@ -412,7 +424,7 @@ def main(argv=None):
         if shapes[name].engram:
             trained = data.train[:cfg.steps * cfg.tokens_per_step]
             n_grams = crowding(shapes[name].engram, trained, data.token_bytes)
-            lines.append(f"{name:8s}{n_grams} of the text share a row (above ten is crowded)")
+            lines.append(f"{name:8s}{n_grams} of the text share each row (above ten is crowded)")
     lines += [f"data    {data.name}: {cfg.steps:,} steps x {cfg.tokens_per_step:,} tokens are "
               f"{data.passes:.2f} passes over {len(data.train):,} tokens;",
               f"        validated on {data.val_y.size:,} others"]

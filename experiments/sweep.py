@@ -319,17 +319,15 @@ def say_claims(sweep, runs):
         values = gaps(runs, arm, other)
         if values:
             lines.append(f"{claim}: {verdict(values)}")
-    shares = []
-    for seed, run in runs.get("engram", {}).items():
-        if seed in runs["moe"]:
-            end = last(runs["moe"][seed])
-            tokens = crossing(run["records"], end["val_loss"])
-            if tokens is not None:
-                shares.append(tokens / end["tokens"])
+    shares, pairs = [], runs.get("engram", {}).keys() & runs["moe"].keys()
+    for seed in pairs:
+        end = last(runs["moe"][seed])
+        tokens = crossing(runs["engram"][seed]["records"], end["val_loss"])
+        if tokens is not None:
+            shares.append(tokens / end["tokens"])
     if shares:
-        lines.append(f"Engram reached its twin's last loss in {len(shares)} of "
-                     f"{len(runs['engram'])} runs, after {statistics.mean(shares):.0%} of the "
-                     "tokens")
+        lines.append(f"Engram reached its twin's last loss in {len(shares)} of {len(pairs)} "
+                     f"runs, after {statistics.mean(shares):.0%} of the tokens")
     return lines
 
 
