@@ -119,9 +119,9 @@ class Bench:
         return found
 
     def ms(self, work, *args):
-        """Return how many ms work(self, *args) takes, and what it returns."""
+        """Return how many ms work(*args) takes, and what it returns."""
         began = self.now()
-        result = work(self, *args)
+        result = work(*args)
         return self.now() - began, result
 
     def now(self):
@@ -220,7 +220,7 @@ def measure_rounds(bench, work, n, shapes, arms=None):
         batches, first = bench.batches(shapes), i % len(order)
         for arm in order[first:] + order[:first]:
             bench.use(arm)
-            ms, reads = bench.ms(work, batches)
+            ms, reads = bench.ms(work, bench, batches)
             times[arm].append(ms)
             if arm in (SYNCHRONOUS, PREFETCHED) and reads:
                 bench.trust(reads)
@@ -235,9 +235,9 @@ def predict(bench, n, shapes):
     bench.use(WITHOUT)
     ms = []
     for _ in range(min(n, 16)):
-        ms.append((bench.ms(transfer, table, row_ids)[0],
-                   bench.ms(first_blocks, batches, bench.at)[0],
-                   bench.ms(first_blocks, batches, bench.cfg.n_layer)[0]))
+        ms.append((bench.ms(transfer, bench, table, row_ids)[0],
+                   bench.ms(first_blocks, bench, batches, bench.at)[0],
+                   bench.ms(first_blocks, bench, batches, bench.cfg.n_layer)[0]))
     transfer_ms, before, all_blocks = np.median(ms, axis=0).tolist()
     sizes = [len(ids) * table[0].nbytes for ids in row_ids]
     # over a simulated link a transfer takes at least bytes / bandwidth
@@ -252,20 +252,18 @@ def predict(bench, n, shapes):
 def speeds(bench, shapes):
     """Return what the machine can do, in GB/s: gather random rows of the table, copy as many
     bytes in one piece, and on a GPU copy them to it from pageable and pinned memory."""
-    table = bench.arms[PREFETCHED][0]
-    row_ids = torch.cat([bench.engram.address(idx).row_ids for idx in bench.batches(shapes)])
-    rows = torch.empty(len(row_ids), table.size(1), dtype=table.dtype)
-    other, found = torch.empty_like(rows), {}
-    works = {"gather of random rows": lambda _: take(table, row_ids, rows),
-             "copy in one piece": lambda _: other.copy_(rows)}
-    if bench.device != "cpu":
-        pinned = rows.pin_memory()
-        works["pageable copy to the GPU"] = lambda _: rows.to(bench.device)
-        works["pinned copy to the GPU"] = lambda _: pinned.to(bench.device, non_blocking=True)
-    for name, work in works.items():
-        ms = [bench.ms(work)[0] for _ in range(20)]
-        found[name] = rows.nbytes / np.median(ms) / 1e6
-    return found
+    table, found = bench.arms[PREFETCHED][0], defaultdict(list)
+    for _ in range(20):
+        # other rows each time, or they would come from a cache
+        row_ids = torch.cat([bench.engram.hash(idx).unique() for idx in bench.batches(shapes)])
+        rows = torch.empty(len(row_ids), table.size(1), dtype=table.dtype)
+        found["gather of random rows"].append(bench.ms(take, table, row_ids, rows)[0])
+        found["copy in one piece"].append(bench.ms(rows.clone)[0])
+        if bench.device != "cpu":
+            found["pageable copy to the GPU"].append(bench.ms(rows.to, bench.device)[0])
+            pinned = rows.pin_memory()
+            found["pinned copy to the GPU"].append(bench.ms(pinned.to, bench.device)[0])
+    return {name: rows.nbytes / float(np.median(ms)) / 1e6 for name, ms in found.items()}
 
 
 @torch.inference_mode()
@@ -453,10 +451,10 @@ def measure(args, setup):
     result, size = {"backbone": setup["shape"], "prompts": []}, "{} x {}".format(*prompt[0])
     for rows in sizes:
         bench = Bench(setup, args.device, rows, gbps)
-        if not result["prompts"]:
-            result["parts"] = parts(bench, *prompt, few)
         result["prompts"].append(compare(bench, f"prompts, {size} random tokens", prompts,
                                          args.rounds, prompt))
+    # of the last and largest table
+    result["parts"] = parts(bench, *prompt, few)
     # (a tokenizer of another size would not fit)
     if check(Path("data/python")).get("vocab_size", math.inf) <= bench.cfg.vocab_size:
         bench.text = load("python")[1]

@@ -23,7 +23,7 @@ at the place of use. What takes part, in the order in which it appears:
 
 Time runs to the right; the forward pass of a step with the memory in block 1:
 
-    main thread     hash, start | block 0 | ready | block 1 ...           it fills queues
+    main thread     start | block 0 | ready | block 1 ...                 it fills queues
     worker                      gather -> staging buffer
     copy stream                                 copy to leaf, event
     compute queue               block 0 ============| wait | memory, block 1 ======

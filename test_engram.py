@@ -709,12 +709,18 @@ def test_offloaded_is_resident_bit_for_bit(prefetch, refused, monkeypatch):
         cache = Cache(model.cfg)
         chunks = [model(part, cache=cache)[0] for part in idx.split([1, 1, 7, 11], dim=1)]
         text = torch.tensor(list(generate(model, idx[:1, :4], 20, temperature=0)))
-        # several reads under way at once, the last one used first
-        reads = [model.read(model.addresses(row[None])) for row in idx]
-        late = [model(idx[i:i + 1], reads=reads[i])[0] for i in (2, 1, 0)]
+        # a flood of reads under way at once: some dropped, the others used in another order
+        reads = [model.read(model.addresses(row[None])) for row in idx.repeat(20, 1)]
+        late = [model(idx[i % 3][None], reads=reads.pop(i))[0] for i in (58, 31, 2, 1, 0)]
         return [model(idx)[0], *chunks, text, *late]
 
+    class Slow(Fetch):
+        def gather(self, *args):
+            time.sleep(0.002)
+            return super().gather(*args)
+
     want = outputs()
+    monkeypatch.setattr("offload.Fetch", Slow)
     place(model, "cpu", "host", prefetch)
     assert all(read.ready for read in model.read(model.addresses(idx)))
     assert all(map(torch.equal, outputs(), want))

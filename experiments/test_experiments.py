@@ -391,7 +391,7 @@ def test_allocation_is_fair():
 def test_the_readme_is_the_bench():
     """A table in the part on offloading that no run printed."""
     bench = json.loads((analyze.COMMITTED / "offload" / "offload.json").read_text())
-    tables = [bench["prompts"][-1], bench["others"][0], bench["others"][-1]]
-    lines = [line for table in [*tables, bench["crossover"]] for line in table["lines"]]
-    assert len(lines) == 9 + 9 + 8 + 8
+    parts = [bench[name] for name in ("parts", "text", "latency", "training", "crossover")]
+    lines = [line for part in [bench["prompts"][-1], *parts] for line in part["lines"]]
+    assert len(lines) == 8 + (1 + 2 + 1 + 10) + 8 + (1 + 12) + 8 + 8
     assert not [line for line in lines if line not in README]
