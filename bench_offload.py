@@ -428,12 +428,14 @@ def draw(result, folder):
     figure.savefig(folder / "crossover.png", dpi=110)
     figure = new_figure(figsize=(9, 2))
     axes = figure.subplots()
-    for who, what, begin, end in result["parts"]["time_line"]:
-        # a wait lies within the block that waits
-        axes.barh(who, end - begin, left=begin, height=0.3 if what == "wait" else 0.8,
-                  edgecolor="black")
-        axes.text((begin + end) / 2, who, what, ha="center", va="center", fontsize=8)
-    axes.set(xlabel="ms", title="One prompt: the worker gathers rows while block 0 computes")
+    spans = result["parts"]["time_line"]
+    for who, what, begin, end in spans:
+        axes.barh(who, end - begin, left=begin, edgecolor="black")
+        # a name needs room
+        if end - begin > 0.04 * spans[-1][-1]:
+            axes.text((begin + end) / 2, who, what, ha="center", va="center", fontsize=8)
+    axes.set(xlabel="ms", title="One prompt: after hash and unique (at the left) the worker "
+             "gathers rows while block 0 computes")
     figure.savefig(folder / "time_line.png", dpi=110)
     print(f"pictures: {folder}/crossover.png, {folder}/time_line.png")
 

@@ -3,7 +3,7 @@ Our parts beside those of others, on the same inputs: how many times as fast are
 
     pip install transformers engram-peft             # the second needs Python 3.12
     git clone https://github.com/karpathy/nanoGPT ../nanoGPT
-    python -m experiments.peers --nanogpt ../nanoGPT       # on an idle machine, 4 minutes
+    python -m experiments.peers --nanogpt ../nanoGPT       # on an idle machine, 6 minutes
 
 The idea: a speed means little on another machine, a ratio means more. Two candidates take
 turns in one process, and each round gives one ratio: the other's time over ours. Above 1
@@ -110,7 +110,8 @@ def decoding(nanogpt):
                          engram=EngramConfig(rows=10_000)), np.arange(V)).eval()
     theirs = nanogpt.GPT(nanogpt.GPTConfig(512, V, 4, 4, D, 0.0, False)).eval()
     compare("decoding 512 tokens over nanoGPT's, one thread",
-            lambda: list(generate(ours, start, 511)), lambda: theirs.generate(start, 511))
+            lambda: list(generate(ours, start, 511)), lambda: theirs.generate(start, 511),
+            rounds=9)
     torch.set_num_threads(2)
 
 
