@@ -152,20 +152,20 @@ def when_half(seeds, kind):
 def table_of_books(sweep, runs):
     """Return a table in Markdown: what each arm knows of each book."""
     lines = ["| arm | P_tot | loss | local known | memory off | half after | context known | "
-             "memory off | half after | bits per parameter |", "|" + "---|" * 10]
+             "memory off | half after | bits per parameter, local + context |", "|" + "---|" * 10]
     share = int(sweep.dataset.removeprefix("phonebooks")) / 100
     for arm, seeds in runs.items():
         ends = [run["records"][-1] for run in seeds.values()]
         size = next(iter(seeds.values()))["header"]["accounting"]["P_tot"]
-        loss, bits = np.mean([end["val_loss"] for end in ends]), 0.0
+        loss, bits = np.mean([end["val_loss"] for end in ends]), []
         cells = [sweep.arms[arm].title, f"{size:,}", f"{loss:.3f}"]
         for kind, part in (("local", share), ("context", 1 - share)):
             off = [end["memory_off"][kind]["known"] for end in ends if "memory_off" in end]
             cells += [percents(known(seeds, kind)), percents(off), when_half(seeds, kind)]
             # a value is worth 6 bits, and there are 4,096 entries
             nats = np.mean([end[kind]["loss"] for end in ends])
-            bits += 4096 * part * max(0, 6 - nats / np.log(2)) / size
-        lines.append(f"| {' | '.join(cells)} | {bits:.3f} |")
+            bits.append(4096 * part * max(0, 6 - nats / np.log(2)) / size)
+        lines.append(f"| {' | '.join(cells)} | {bits[0]:.3f} + {bits[1]:.3f} |")
     return lines
 
 
