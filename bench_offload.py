@@ -379,8 +379,10 @@ def latency(bench, n):
         for i in range(n + 1):
             for arm in arms[i % 4:] + arms[:i % 4]:
                 bench.use(arm)
+                ms = decode(bench, bench.batches([(B, 1)] * NEW))
                 # the first round warms up
-                times[arm] += decode(bench, bench.batches([(B, 1)] * NEW)).tolist() * (i > 0)
+                if i > 0:
+                    times[arm] += ms.tolist()
         for arm, ms in times.items():
             middle, late = np.percentile(ms, (50, 99))
             lines.append(f"  batch {B:3d}  {arm:14s}{middle:10.2f}{late:10.2f}")
