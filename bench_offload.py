@@ -211,14 +211,19 @@ def transfer(bench, table, row_ids):
         ready()
 
 
+def any_order(arms):
+    """Return the arms in a random order: who comes later finds rows and weights in a cache."""
+    names = list(arms)
+    return [names[i] for i in torch.randperm(len(names)).tolist()]
+
+
 def measure_rounds(bench, work, n, shapes, arms=None):
     """Return {arm: ms [n]}: the arms in turn, each round with new tokens."""
     times = {arm: [] for arm in arms or bench.arms}
-    order = list(times)
     # the first two rounds warm up
-    for i in range(n + 2):
-        batches, first = bench.batches(shapes), i % len(order)
-        for arm in order[first:] + order[:first]:
+    for _ in range(n + 2):
+        batches = bench.batches(shapes)
+        for arm in any_order(times):
             bench.use(arm)
             ms, reads = bench.ms(work, bench, batches)
             times[arm].append(ms)
@@ -373,11 +378,11 @@ def parts(bench, prompt, n):
 
 def latency(bench, n):
     """Print the time between two tokens of decoding, n rounds of NEW tokens for each batch."""
-    arms, lines = list(bench.arms), []
+    lines = []
     for B in (1, 8, 64):
-        times = {arm: [] for arm in arms}
+        times = {arm: [] for arm in bench.arms}
         for i in range(n + 1):
-            for arm in arms[i % 4:] + arms[:i % 4]:
+            for arm in any_order(times):
                 bench.use(arm)
                 ms = decode(bench, bench.batches([(B, 1)] * NEW))
                 # the first round warms up

@@ -41,7 +41,9 @@ def compare(title, ours, theirs, flops=0, dtype=torch.float32, rounds=15):
     """Print how many times as fast ours() is as theirs(). flops: of one call of ours."""
     times = []
     for i in range(rounds + 2):
-        order = (ours, theirs) if i % 2 else (theirs, ours)
+        order = [ours, theirs]
+        if i % 2:
+            order.reverse()
         times.append({work: seconds(work) for work in order})
     mine, others = np.array([(t[ours], t[theirs]) for t in times[2:]]).T
     line = "{:58s}{:6.2f} ({:.2f} to {:.2f})".format(title, *interval_of_median(others / mine))
