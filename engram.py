@@ -4,6 +4,8 @@ Engram: a hashed n-gram memory with a context-aware gate (arXiv 2601.07372), in 
     from engram import Engram, EngramConfig       # model.py shows it at work
     python -m pytest test_engram.py -k demo       # hold it to the official demo
 
+The demo is engram_demo_v1.py in github.com/deepseek-ai/Engram.
+
 The idea: the last two or three tokens name a local pattern ("Alexander the Great"). Hash
 them to row numbers of a big table, read those rows, and let the hidden state decide
 through a gate how much of what was read to believe. The row numbers depend on token ids
@@ -53,8 +55,10 @@ def check_fields(config):
         if limits.get("choices") and value not in limits["choices"]:
             raise ValueError(f"{f.name} {value!r}: must be one of {limits['choices']}")
         least = limits.get("least")
-        # nan and infinity are refused too
-        if least is not None and not (least <= value <= limits["most"] and value < math.inf):
+        if least is None:
+            continue
+        # isfinite: infinity is refused, even where there is no upper limit
+        if not least <= value <= limits["most"] or not math.isfinite(value):
             upper = f", at most {limits['most']}" if limits["most"] < math.inf else ""
             raise ValueError(f"{f.name} {value}: must be at least {least}{upper}")
 
@@ -65,8 +69,9 @@ class EngramConfig:
     orders: tuple = opt((2, 3), "n-gram orders; 1 is the current token alone")
     heads: int = opt(4, "hash heads per order; n-grams that share a row in one head "
                      "rarely do so in all of them", least=1)
-    rows: tuple = opt((), "rows per head: one number, or one per order; by default as "
-                      "many as make the parameters equal to the twin's, see --rho")
+    rows: tuple = opt((), "rows per head, raised to the next free prime: one number, or one "
+                      "per order; by default as many as give the model the parameters of its "
+                      "twin, see --rho")
     width: int = opt(16, "numbers in one row", least=1)
     conv_kernel: int = opt(4, "taps of the short convolution; 0 leaves it out", least=0)
     conv_dilation: int = opt(0, "positions between its taps; 0: the largest order (paper)",
@@ -104,7 +109,7 @@ class EngramConfig:
 
     @property
     def d_mem(self):
-        """Width of what the projections see of one token: its M rows side by side."""
+        """Width of a token's M rows side by side."""
         return self.rows_read * self.width
 
 
@@ -130,32 +135,34 @@ class Read(NamedTuple):
     ready: Callable | None
 
     def part(self, sequences):
-        """Return the read of a micro-batch. All of a step share one leaf, where their
-        gradients add up."""
+        """Return the read of a micro-batch, a slice of B. The leaf stays whole: in it the
+        gradients of all micro-batches add up."""
         return self._replace(inverse=self.inverse[sequences])
 
 
 class Engram(nn.Module):
 
     def __init__(self, cfg, block, n_embd, n_canonical, pad, table_device=None):
-        """cfg: EngramConfig with rows. n_canonical: V'. pad: the canonical id that stands
-        before the first token. table_device "meta" makes only the shape of a table."""
+        """cfg: EngramConfig with rows. block: where the layer stands; it has a hash of its
+        own. n_canonical: V'. pad: the canonical id of end of text, which also stands before
+        the first token. table_device "meta" makes only the shape of a table."""
         super().__init__()
         if not cfg.rows:
-            raise ValueError("engram rows are not set: give them, or use make_twins()")
+            raise ValueError("engram rows are not set: give them, or use twins.make_twins()")
         self.cfg = cfg
         self.pad = pad
-        # one flat table holds all heads; the slice of a head begins at its offset
+        # A head has as many rows as its prime says. One flat table holds all heads, one
+        # after the other.
         primes = np.array(head_primes(cfg)[block])                        # [orders, K]
         ends = np.cumsum(primes).reshape(primes.shape)
+        R = int(ends[-1, -1])
         # no buffers: these stay on the host, where the hash is computed
         self.multipliers = torch.from_numpy(hash_multipliers(cfg, block, n_canonical))  # [N]
         self.primes = torch.from_numpy(primes)
-        self.offsets = torch.from_numpy(ends - primes)
+        self.offsets = torch.from_numpy(ends - primes)        # where each head begins
         # The table is a buffer, not a parameter, so autograd never allocates a gradient
         # for all R rows. RowAdam trains it.
-        self.register_buffer("table", torch.empty(int(ends[-1, -1]), cfg.width,
-                                                  device=table_device))
+        self.register_buffer("table", torch.empty(R, cfg.width, device=table_device))
         # an offload.Fetch if the table is not on the model's device
         self.fetch = None
         self.value = nn.Linear(cfg.d_mem, n_embd, bias=cfg.bias)
@@ -169,9 +176,9 @@ class Engram(nn.Module):
 
     @torch.no_grad()
     def reset(self):
-        """Initialise so that the memory contributes little at first (about a tenth of h)
-        but receives gradients from the first step. If table and value projection were
-        both zero, neither would ever get one."""
+        """Initialise so that the memory contributes little at first but receives gradients
+        from the first step. Both table and value projection start at random: if both were
+        zero, neither would ever get a gradient."""
         self.table.normal_(std=0.02)
         for module in self.children():
             if isinstance(module, nn.Linear):
@@ -184,35 +191,36 @@ class Engram(nn.Module):
         this layer's own dict, see ShortConv."""
         e = lookup(read)                                                  # [B, T, d_mem]
         v = self.gate(h, e) * self.value(e)                               # [B, T, D]
-        if not self.cfg.conv_kernel:
-            return v
-        return v + self.conv(v, cache)
+        if self.cfg.conv_kernel:
+            v = v + self.conv(v, cache)
+        return v
 
     def gate(self, h, e):
         """Return alpha [B, T, 1] from 0 to 1: does what was read fit here? (eq. 4)"""
         if self.cfg.gate == "off":
             return torch.ones_like(h[..., :1])
-        # does the key of what was read point the same way as the hidden state? (Under
-        # autocast the projection gives bfloat16.)
+        # (under autocast the projection gives bfloat16)
         key = self.norm_key(self.key(e).to(h.dtype))
+        # does the key of what was read point the same way as the hidden state?
         score = (key * self.norm_query(h)).sum(-1, keepdim=True) / math.sqrt(h.size(-1))
         if self.cfg.gate == "sqrt":
-            # a signed root, as in the demo and in DeepSeek-V4.1, not in the paper
+            # a signed root, as in the demo, not in the paper; the clamp keeps its gradient
+            # finite at 0
             score = score.sign() * score.abs().clamp_min(1e-6).sqrt()
         return torch.sigmoid(score)
 
     # ---- which rows, and their values
 
     def hash(self, x, history=None):
-        """Return the row numbers [B, T, M] in the flat table that the tokens x read
-        (section 2 of the paper).
+        """Return, for each token of x, the numbers of the M rows of the flat table that it
+        reads, [B, T, M] (section 2 of the paper).
 
         x: [B, T] canonical ids; history: the up to N-1 ids just before them, None at the
-        start of a text. Each of the last n ids is multiplied by the odd number of its place
-        (the last one, the one before, ...), the products are XORed, and the remainder by
-        a head's prime is a row of that head. All heads of an order share the XOR, but each
-        has its own prime, so two n-grams that collide in one head rarely do in another.
-        int64 throughout: with ids below V' no product overflows.
+        start of a text. Each of the last n ids is multiplied by the multiplier of its place
+        (one for the last id, one for the id before, ...), the products are XORed, and the
+        remainder by a head's prime is a row of that head. All heads of an order share the
+        XOR, but each has its own prime, so two n-grams that collide in one head rarely do
+        in another. int64 throughout: hash_multipliers() sees to it that nothing overflows.
 
         By hand, for 2-grams and two heads: ids 5, 7, multipliers 3 (for the last id) and
         11, primes 13 and 17. (7 * 3) ^ (5 * 11) = 21 ^ 55 = 34. First head: 34 % 13 = 8.
@@ -220,39 +228,39 @@ class Engram(nn.Module):
         and 13."""
         N, T = self.cfg.orders[-1], x.size(1)
         # every position needs N-1 ids before it; before the text they are padding
-        if history is not None:
-            x = torch.cat([history, x], dim=1)
-        missing = N - 1 + T - x.size(1)
-        x = F.pad(x, (missing, 0), value=self.pad)                        # [B, N-1 + T]
-        mix = torch.zeros_like(x[:, :T])
-        row_ids = []
-        same_text = torch.ones_like(mix, dtype=torch.bool)
-        for k in range(N):
-            begin = N - 1 - k
-            past = x[:, begin:begin + T]                                  # x[t-k] for all t
-            if self.cfg.stop_at_eot and k > 0:
-                # pad is also the id of end of text: once one is met, it and all before it
-                # count as pad
+        padded = x if history is None else torch.cat([history, x], dim=1)
+        missing = N - 1 + T - padded.size(1)
+        padded = F.pad(padded, (missing, 0), value=self.pad)              # [B, N-1 + T]
+        mix = torch.zeros_like(x)
+        rows_of_order = []
+        same_text = torch.ones_like(x, dtype=torch.bool)
+        for back in range(N):
+            begin = N - 1 - back
+            past = padded[:, begin:begin + T]                             # x[t - back]
+            if self.cfg.stop_at_eot and back > 0:
+                # once an end of text is met, it and all before it count as pad
                 same_text = same_text & (past != self.pad)
                 past = torch.where(same_text, past, self.pad)
-            # from here on mix belongs to the (k+1)-gram
-            mix = mix ^ (past * self.multipliers[k])
-            if k + 1 in self.cfg.orders:
-                i = self.cfg.orders.index(k + 1)
+            # from here on mix belongs to the n-gram of n = back + 1
+            mix = mix ^ (past * self.multipliers[back])
+            if back + 1 in self.cfg.orders:
+                i = self.cfg.orders.index(back + 1)
                 # one row number per head, [B, T, K]
-                row_ids.append(mix[..., None] % self.primes[i] + self.offsets[i])
-        return torch.cat(row_ids, dim=-1)
+                rows_of_order.append(mix[..., None] % self.primes[i] + self.offsets[i])
+        return torch.cat(rows_of_order, dim=-1)
 
     def address(self, x, history=None):
         """Return the Address of the tokens x: their row numbers, each once."""
-        return Address(*self.hash(x, history).unique(return_inverse=True))
+        all_rows = self.hash(x, history)                                  # [B, T, M]
+        row_ids, inverse = all_rows.unique(return_inverse=True)           # [U], [B, T, M]
+        return Address(row_ids, inverse)
 
     def read(self, address):
         """Return the Read of an Address.
 
         Every different row is gathered once into one small tensor, the leaf. Autograd
-        sees its [U, d] numbers and never the table's [R, d]. Where the table lives matters
-        only here and in RowAdam. Nothing here makes the host wait for a GPU."""
+        sees its [U, d] numbers and never the table's [R, d]. Nothing has to come back from
+        the device here, so the host does not wait for it."""
         row_ids, device = address.row_ids, self.value.weight.device
         if self.fetch is None:
             row_ids = row_ids.to(device, non_blocking=True)
@@ -290,7 +298,7 @@ class ShortConv(nn.Module):
         else:
             x = F.pad(x, (0, 0, reach, 0))
         if cache is not None:
-            # not -reach, which would keep all of x if reach is 0
+            # (x[:, -reach:] would be all of x if reach is 0)
             cache["tail"] = x[:, x.size(1) - reach:]
         # the last tap sees the token itself, the one before it sees `dilation` back, ...
         shifted = [x[:, j * self.dilation:j * self.dilation + T] for j in range(kernel)]
@@ -298,7 +306,7 @@ class ShortConv(nn.Module):
 
 
 def lookup(read):
-    """Return e [B, T, d_mem], the M rows of each token side by side."""
+    """Return e [B, T, d_mem], the M rows of each token side by side, once they are there."""
     if read.ready is not None:
         read.ready()
     # not leaf[inverse]: on a CPU its backward is 12 times as slow, and not repeatable
@@ -311,12 +319,13 @@ class RowAdam:
     decay.
 
     Dense Adam would go through all R rows, and its momentum would move rows that were not
-    read. Bias correction needs a step count. Here each row has its own, its number of
-    visits. torch.optim.SparseAdam has one for all rows, so a row that is first read late,
-    as most are, takes a first step 2.2 times too small (beta2 0.95)."""
+    read. Bias correction needs a step count. torch.optim.SparseAdam has one for all rows:
+    where a row is first read late, as most are, its first step would be (1 - beta1) /
+    sqrt(1 - beta2) = 0.45 of the rate. Here each row counts its own visits."""
 
     def __init__(self, tables, betas=(0.9, 0.95), eps=1e-15):
-        """tables: list of [R, d] tensors, changed in place; so place() the model first."""
+        """tables: list of [R, d] tensors, changed in place, so move the model first. eps is
+        tiny because a row's gradient can be."""
         self.tables, self.betas, self.eps = tables, betas, eps
         self.state = []
         for table in tables:
@@ -346,11 +355,11 @@ class RowAdam:
 
 
 def with_gradient(table, row_ids, grad):
-    """Return a Read with which RowAdam updates rows [U] of table, all different, by a
-    gradient [U, d] that does not come from a forward pass alone (ranks.py)."""
+    """Return a Read for RowAdam.step alone: rows [U] of table, all different, and their
+    gradient [U, d], which several processes have added up (ranks.py)."""
     leaf = table[row_ids.to(table.device)].to(grad.device).requires_grad_()
     leaf.grad = grad
-    return Read(row_ids, leaf, None, None)
+    return Read(row_ids, leaf, inverse=None, ready=None)
 
 
 # ---- canonical ids, multipliers, primes: fixed numbers, made once ----------------------
@@ -362,6 +371,7 @@ def normalise(text):
     text = unicodedata.normalize("NFD", unicodedata.normalize("NFKC", text))
     text = "".join(c for c in text if unicodedata.category(c) != "Mn").lower()
     text = re.sub(r"[ \t\r\n]+", " ", text)
+    # white space alone must not become nothing
     return text if text == " " else text.strip()
 
 
@@ -401,8 +411,8 @@ def is_prime(n):
 def head_primes(cfg):
     """Return {block: [[prime of each head] for each order]}.
 
-    Every head of every order and layer has a prime of its own, the smallest free one from
-    the wanted rows on. The head has that many rows."""
+    Every head of every order and layer has a prime of its own, the smallest from cfg.rows
+    on that no other has. The head has that many rows."""
     taken, primes = set(), {}
     for block in cfg.blocks:
         primes[block] = []
@@ -422,4 +432,5 @@ def head_primes(cfg):
 
 def table_parameters(cfg):
     """Return how many numbers the tables of all layers hold together."""
-    return cfg.width * int(sum(np.sum(layer) for layer in head_primes(cfg).values()))
+    rows = sum(np.sum(layer) for layer in head_primes(cfg).values())
+    return cfg.width * int(rows)

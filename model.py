@@ -8,7 +8,8 @@ The idea is the first statement of Block.forward. A block without an Engram skip
 a plain pre-norm GPT with experts is left; with n_expert=0 too, a plain dense GPT.
 
 Letters: B batch, T time, D width (n_embd), L blocks, V vocabulary, H heads, hd width of a
-head; those of the memory stand in engram.py, those of the experts in moe.py. """
+head; those of the memory stand in engram.py, those of the experts in moe.py.
+"""
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -85,7 +86,8 @@ class Attention(nn.Module):
 
 
 def attend(q, k, v):
-    """Causal attention, [B, H, T, hd] each. The queries are the last of the keys."""
+    """Causal attention, [B, H, T, hd] each. The queries stand at the last positions of the
+    keys."""
     T, n_keys = q.size(2), k.size(2)
     # in bf16 on a CPU SDPA takes twice as long as the lines below (T 256, LOG.md)
     slow_here = q.device.type == "cpu" and q.dtype == torch.bfloat16
@@ -175,7 +177,7 @@ class GPT(nn.Module):
         """Initialise as GPT-2 does, branch outputs scaled by the number of branches.
         Raise ValueError for a parameter that is left out."""
         for name, p in self.named_parameters():
-            kind = name.split(".", 2)[-1]                         # blocks.3.attn.out.weight
+            kind = name.split(".", 2)[-1]        # attn.out.weight of blocks.3.attn.out.weight
             if ".engram." in name or "norm" in name or name == "conv.taps":
                 # Engram.reset has done it; RMSNorm starts with ones, taps with zeros
                 pass
@@ -287,7 +289,8 @@ def accounting(model):
     active = total - idle - count["engram tables"] + values_read
     # a weight that is multiplied costs 2 FLOPs; norms and table rows are not multiplied
     weights = active - values_read - count["norms"] + count["embedding"]
-    weights -= cfg.untied * cfg.n_embd
+    if cfg.untied:
+        weights -= cfg.n_embd
     attention = 2 * 2 * cfg.n_layer * cfg.block_size * cfg.n_embd
     return {"parameters": sum(count.values()), "P_tot": total, "P_act": active,
             "P_sparse": total - active, "table_parameters": count["engram tables"],
@@ -394,7 +397,7 @@ def load_checkpoint(path, map_file=False):
     except Exception as error:
         # torch, pickle and zipfile raise many kinds for a damaged file
         why = " ".join(f"{type(error).__name__}: {error}".split())
-        fail(f"{path} is not a readable checkpoint of train.py ({why:.150}); restore it, "
+        fail(f"{path} is not a readable checkpoint of train.py ({why[:150]}); restore it, "
              "or train again with another --out_dir")
     if hash_probe(model) != probe:
         fail(f"{path} was trained with another hash: the same text reads rows "

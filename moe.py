@@ -1,12 +1,12 @@
-""" A mixture of experts as in DeepSeekMoE: one shared SwiGLU expert that every token
-takes, and E routed ones of which each token takes its top k. No token is dropped, and
-experts are balanced without a loss.
+"""
+A mixture of experts as in DeepSeekMoE: one shared SwiGLU expert that every token takes,
+and E routed ones of which each token takes its top k.
 
     python -m pytest test_engram.py -k moe
 
 The idea: parameters grow with E, compute with k. What a token gets depends on that token
 alone: there is no capacity limit (with one, it would depend on the other tokens of the
-batch), and experts are balanced by a bias that is adjusted between steps.
+batch), and experts are balanced not by a loss, but by a bias that moves between steps.
 
 Letters: S = B * T tokens, D width, E routed experts, k of them per token.
 """
@@ -25,7 +25,8 @@ class SwiGLU(nn.Module):
         self.w_out = nn.Linear(hidden, n_embd, bias=False)
 
     def forward(self, x):
-        # two matmuls: after one, backward would copy both gradients into one tensor
+        # two matmuls, not one and a chunk, whose backward would copy both gradients into one
+        # tensor
         gate, up = (F.linear(x, w) for w in self.w_in.weight.chunk(2))
         return self.w_out(F.silu(gate) * up)
 
@@ -53,10 +54,11 @@ class MoE(nn.Module):
         chosen, weight, counts = self.route(tokens)
         if self.training:
             self.load += counts
-        # bf16 under autocast, where no rule covers the weights
+        # autocast knows nn.Linear, but not what is done with these weights: cast by hand
         dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
+        # with so few pairs of a token and an expert, sorting them would not pay
         if chosen.numel() <= self.n_expert:
             routed = self.few_tokens(tokens.to(dtype), chosen, weight.to(dtype))
         else:
@@ -97,7 +99,8 @@ class MoE(nn.Module):
         results back in token order. grouped: in one kernel (None: where that pays)."""
         on_gpu, bf16 = x.is_cuda, x.dtype == torch.bfloat16
         if grouped is None:
-            # separate slices need their lengths on the host; a GPU has to be waited for
+            # with separate slices the host has to wait for their lengths; one kernel for all
+            # needs strides of 16 bytes
             strides_of_16_bytes = all(n % 8 == 0 for n in self.w_out.shape[1:])
             grouped = on_gpu and bf16 and strides_of_16_bytes
         # sort the pairs; pair p belongs to token p // k
@@ -114,6 +117,7 @@ class MoE(nn.Module):
             padding_before = (size - counts).cumsum(0) - (size - counts)       # [E]
             position = position + padding_before[expert]
         # where each pair stands in the sorted rows, and which token each of those rows is
+        # (of padding: token 0, whose result nobody takes)
         row_of_pair = torch.empty_like(pair).index_copy_(0, pair, position)
         token = pair.new_zeros(total).index_copy_(0, position, pair // self.top_k)
         # two matmuls per expert, on its slice
@@ -126,8 +130,8 @@ class MoE(nn.Module):
 
     def few_tokens(self, x, chosen, weight):
         """Return the same sum for a few tokens, as in decoding: one pair after the other.
-        The numbers of the experts are needed on the host. To index w_in with them there
-        would copy the experts' weights, and take longer than to multiply by them."""
+        Indexing w_in with a tensor would copy the experts' weights, which takes longer than
+        to multiply by them; so the numbers of the experts come to the host."""
         sums = []
         for token, experts, weights in zip(x, chosen.tolist(), weight, strict=True):
             parts = []

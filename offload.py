@@ -4,14 +4,13 @@ Where Engram's table lives: on the model's device or in host memory.
     python train.py --table host         # the same losses, the table in host memory
     python bench_offload.py              # what that costs: predicted, then measured
 
-The idea: the row numbers depend on token ids alone, so a layer's rows are known before
-the first block runs. Fetch them while the blocks before the memory compute, and wait only
-at the place of use. What takes part, in the order in which it appears:
+The idea: fetch a layer's rows while the blocks before the memory compute, and wait only at
+the place of use. What takes part, in the order in which it appears:
 
     leaf            the small tensor [U, d] on the model's device that the forward pass
                     reads. It is empty at first. A Read carries it (engram.py).
-    free            an event, that is, a mark in the GPU's queue of work: from there on the
-                    memory of leaf, which may have been used before, is free.
+    free            an event, that is, a mark in the GPU's queue of work. torch may give leaf
+                    memory that work in this queue still uses; behind the mark it is free.
     worker          a thread beside the main one. It gathers rows of the table in host
                     memory, so that the main thread can go on and start the blocks.
     staging buffer  where the worker puts the rows for a GPU. It is pinned (the system may
@@ -23,16 +22,17 @@ at the place of use. What takes part, in the order in which it appears:
 
 Time runs to the right; the forward pass of a step with the memory in block 1:
 
-    main thread     start | block 0 | ready | block 1 ...                 it fills queues
-    worker                      gather -> staging buffer
-    copy stream                                 copy to leaf, event
-    compute queue               block 0 ============| wait | memory, block 1 ======
+    main thread     start | queue block 0 | ready() waits | queue block 1 ...
+    worker                | gather -> staging buffer      |
+    copy stream                                           | copy to leaf, event |
+    compute queue             | block 0 ==================== | waits            | memory ...
 
 On a CPU there are neither queues nor copies: the worker gathers straight into leaf, and
 ready() waits for the worker. The table itself is not pinned: the GPU never touches it.
 """
+import functools
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 import torch
@@ -57,26 +57,27 @@ class Fetch:
         of the step before has ended, and call ready() before the next update.
 
         Return leaf [U, d] on device, and ready(). Do not use leaf before ready() has been
-        called. It raises what went wrong in the worker."""
+        called; ready() also raises what went wrong in the worker."""
         leaf = table.new_empty(len(row_ids), table.size(1), device=device)
         free = torch.cuda.current_stream(device).record_event() if leaf.is_cuda else None
-        # detach: leaf becomes a leaf of autograd while the worker still writes to it
+        # Engram.read() makes leaf require a gradient, and then it cannot be written to; the
+        # worker writes to the same memory by a detached tensor
         job = (table, row_ids, leaf.detach(), free)
         if self.worker is not None:
             wait_for_gather = self.worker.submit(self.gather, *job).result
         else:
-            # ready() is called once per micro-batch: gather at its first call only
-            wait_for_gather = cache(partial(self.gather, *job))
+            # each micro-batch calls ready(), but only the first call is to gather
+            wait_for_gather = functools.cache(partial(self.gather, *job))
         return leaf, partial(self.finish, wait_for_gather, leaf)
 
     def gather(self, table, row_ids, leaf, free):
-        """Fill leaf. For a GPU, return the event behind the copy that fills it. free: the
-        event after which leaf's memory, perhaps used before, is free."""
+        """Fill leaf. For a GPU, return the event behind the copy that fills it. free: see
+        the top of this file."""
         if leaf.device.type == "cpu":
             take(table, row_ids, leaf)
             return None
-        # a leaf that was made in inference mode may be written in inference mode only,
-        # and that mode belongs to a thread
+        # torch lets a leaf that was made in inference mode be written to in that mode only,
+        # and a thread does not inherit the mode
         with torch.inference_mode(leaf.is_inference()):
             if leaf.is_cuda:
                 return self.copy_to_gpu(table, row_ids, leaf, free)
@@ -84,6 +85,7 @@ class Fetch:
             leaf.copy_(table[row_ids])
 
     def copy_to_gpu(self, table, row_ids, leaf, free):
+        """Gather into a staging buffer, and queue its copy. Return the event behind it."""
         if self.worker is None:
             # no prefetch: overlap nothing, wait until the GPU has done all queued before
             torch.cuda.current_stream(leaf.device).synchronize()
@@ -94,8 +96,8 @@ class Fetch:
         with torch.cuda.stream(self.copy_stream):
             self.copy_stream.wait_event(free)
             leaf.copy_(staging, non_blocking=True)
-            # the memory of leaf is not used again before this copy ends, even if leaf is
-            # dropped; for pinned memory, as staging's, torch sees to that unasked
+            # leaf's memory is kept until this copy ends, even if leaf is dropped (for
+            # pinned memory, as staging's, torch does that by itself)
             leaf.record_stream(self.copy_stream)
             return self.copy_stream.record_event()
 
@@ -121,8 +123,8 @@ def take(table, row_ids, out):
 
 
 def place(model, device, where="resident", prefetch=True):
-    """Move a GPT to device. Unless where is "resident", its tables stay on the CPU (with
-    "disk" load_checkpoint has left them in the file)."""
+    """Move a GPT to device. where: of its tables. "resident" moves them too; "host" leaves
+    them on the CPU; so does "disk", where load_checkpoint has left them in the file."""
     if where == "resident":
         model.to(device)
         return

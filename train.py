@@ -2,14 +2,14 @@
 Train a transformer with Engram, its MoE-only twin of equal parameters and compute, and
 Engram with a larger table.
 
-    python train.py                          # all three; on a CPU, on Python's own source
+    python train.py                          # all three models
     python train.py --model engram --steps 2000 --rho 0.5 --out_dir out2
     python train.py --resume                 # the same command again, after a crash or Ctrl-C
 
-The idea: the parameters that a token does not use sit in experts (the twin) or in a table
-(Engram). All else is equal (total and active parameters, data, steps), so the gap between
-these two curves is what the memory is worth, up to the noise of seeds. The third model
-shows what more rows add.
+The idea: the parameters that a token does not use sit all in experts (the twin), or in
+part in a table (Engram, see --rho). All else is equal (total and active parameters, data,
+steps), so the gap between the curves of these two is what the memory is worth, up to the
+noise of seeds. The third model shows what more rows add.
 """
 import math
 import os
@@ -57,8 +57,8 @@ class Config:
                          "take the faster; set it explicitly when you compare runs",
                          ("auto", "float32", "bfloat16"))
     table: str = run_opt("resident", "where the memory's table lives: resident (on the "
-                         "device) or host (in host memory, as that of the model large always "
-                         "does)", ("resident", "host"))
+                         "device) or host (in host memory; always so for the model large)",
+                         ("resident", "host"))
     compile: bool = run_opt(False, "use torch.compile; compiling takes a while, so it does "
                             "not pay for short runs")
     seed: int = run_opt(0, "seed of the initial weights and of the order of the data",
@@ -112,11 +112,13 @@ PRESETS = {"laptop": {}, "small": SMALL, "gpu": GPU}
 
 def train(name, shape, cfg, tell):
     """Train one model. Write out_dir/name/log.jsonl (a header line, then one line per
-    evaluation) and out_dir/name/ckpt.pt, each atomically. After each step and evaluation
-    call tell(name, step, loss, record), an arms.Progress."""
+    evaluation) and out_dir/name/ckpt.pt, each atomically.
+
+    shape: the model's GPTConfig; cfg: the run's Config. tell: an arms.Progress, called at
+    the start, after each step with its loss, and after each evaluation with its record."""
     data = load_data(cfg, shape.block_size)
     path, device = Path(cfg.out_dir) / name / "ckpt.pt", torch.device(cfg.device)
-    model, backbone, row_adam, state = start(path, shape, cfg, data)
+    model, backbone, row_adam, state = start(name, path, shape, cfg, data)
     # compiled or not, it is the same model; evaluation uses it uncompiled
     forward = torch.compile(model) if cfg.compile else model
     moes = [block.moe for block in model.blocks if block.moe.n_expert]
@@ -125,33 +127,32 @@ def train(name, shape, cfg, tell):
     micro_batches = [slice(i, i + cfg.batch_size) for i in range(0, n, cfg.batch_size)]
     x, y, addresses = prepare(state["step"], data, model, cfg)
     tell(name, state["step"])
-    # since the last evaluation: when that ended; each step's loss; its busiest expert's load
-    began, losses, loads = time.perf_counter(), [], []
+    # since the last evaluation: when that ended; of each step its loss, and the load of its
+    # busiest expert over the mean
+    began, losses, busiest = time.perf_counter(), [], []
 
     for step in range(state["step"], cfg.steps + 1):
 
-        # ---- evaluate, log and save: every eval_every steps, and after the last one, if
-        # there was a step since the last time
+        # ---- evaluate, log and save, unless nothing was trained since the last time
         due = step % cfg.eval_every == 0 or step == cfg.steps
-        if due and losses and ranks.RANK == 0:
+        if due and losses:
             if device.type != "cpu":
                 torch.accelerator.synchronize(device)
             spent = time.perf_counter() - began                    # in training alone
             state["step"], state["seconds"] = step, state["seconds"] + spent
-            record = (training_record(state, cfg, losses, loads, spent)
-                      | evaluate(model, row_adam, data, cfg.batch_size, autocast(cfg)))
-            check_finite(record["val_loss"], step, path)
-            state["records"].append(record)
-            save(path, model, backbone, row_adam, state)
-            tell(name, step, None, record)
-            plot(cfg.out_dir)
-            began, losses, loads = time.perf_counter(), [], []
+            if ranks.RANK == 0:
+                record = (training_record(state, cfg, losses, busiest, spent)
+                          | evaluate(model, row_adam, data, cfg.batch_size, autocast(cfg)))
+                state["records"].append(record)
+                save(path, model, backbone, row_adam, state)
+                tell(name, step, None, record)
+                plot(cfg.out_dir)
+            began, losses, busiest = time.perf_counter(), [], []
         if step == cfg.steps:
             break
 
         # ---- forward and backward
-        # Start to read rows of the tables. Their addresses are known, so the rows can
-        # arrive while the first blocks compute.
+        # start to fetch the rows that are read: they arrive while the first blocks compute
         reads = model.read(addresses)
         loss = 0.0
         for part in micro_batches:
@@ -160,13 +161,14 @@ def train(name, shape, cfg, tell):
                 part_loss = forward(x[part], y[part], part_reads)[1] / len(micro_batches)
             part_loss.backward()
             loss += part_loss.detach()
+        # a parameter that is not wired in would stay as it was, in silence
         missing = [key for key, p in model.named_parameters() if p.grad is None]
         assert not missing, f"no gradient reached {missing}"
-        # of several processes: give all of them the mean loss, gradients and loads, and
-        # the rows that any has read
+        # of several processes: average the loss, all gradients and moe.load in place, and
+        # return reads of the rows that any of them has read
         reads = ranks.meet(loss, model, moes, reads, row_adam.tables)
-        # The next step's addresses need its tokens alone, not this step's update. A GPU is
-        # still at work here: the host waits for it only in the next line.
+        # The next step's addresses need its tokens alone, not this step's update: prepare
+        # them while a GPU is still at work. The host waits for it at loss.item().
         x, y, addresses = prepare(step + 1, data, model, cfg)
         loss = loss.item()
         check_finite(loss, step, path)
@@ -182,32 +184,32 @@ def train(name, shape, cfg, tell):
             optimizer.step()
             optimizer.zero_grad()
         ranks.update(row_adam, reads, lr * cfg.table_lr)
-        # balance the experts; each layer returns its busiest one's load over the mean
-        busiest = [moe.move_bias(cfg.balance_step * lr / cfg.lr) for moe in moes]
-        loads.append(sum(busiest) / max(1, len(moes)))
+        # balance the experts
+        of_layers = [moe.move_bias(cfg.balance_step * lr / cfg.lr) for moe in moes]
+        busiest.append(sum(of_layers) / max(1, len(moes)))
         losses.append(loss)
         tell(name, step + 1, loss)
 
 
 def prepare(step, data, model, cfg):
-    """Return x and y of a step, and the addresses that x reads; behind the last step, those
-    of the last."""
+    """Return x and y of a step, and the addresses that x reads. Past the last step there is
+    nothing to train: return those of the last one."""
     batch = data.batch(min(step, cfg.steps - 1), ranks.RANK, ranks.RANKS)
     x, y = map(torch.from_numpy, batch)
     return (x.to(cfg.device, non_blocking=True), y.to(cfg.device, non_blocking=True),
             model.addresses(x))
 
 
-def start(path, shape, cfg, data):
+def start(name, path, shape, cfg, data):
     """Return the model, both optimisers and {step, seconds, records, header, run, ...}:
     new ones, or as the checkpoint at path holds them if it is of this run."""
     torch.manual_seed(cfg.seed)
     # what makes this run what it is; a checkpoint of another one is refused
-    run = {name: value for name, value in asdict(cfg).items() if name not in HARMLESS}
+    run = {key: value for key, value in asdict(cfg).items() if key not in HARMLESS}
     run |= flat(asdict(shape))
     run["tokenizer"] = data.meta["tokenizer"]["sha256"]
     run |= {f"{split} data": data.meta[split]["sha256"] for split in ("train", "val")}
-    # weights, gradients and two moments, 4 bytes a number
+    # weights, gradients and two moments, 4 bytes a number (free is 0 if it is not known)
     need, free = 4 * 4 * count(shape)["parameters"], free_memory()
     if 0 < free < need:
         fail(f"training this model takes up to {need / 1e9:,.1f} GB, {free / 1e9:.1f} GB are "
@@ -216,29 +218,31 @@ def start(path, shape, cfg, data):
     saved = None
     if path.exists():
         saved, model = load_checkpoint(path)
-        # --steps may change, and the learning rate then follows the new --steps; but what
-        # has been trained stays trained
-        allowed = saved["run"] | {"steps": max(cfg.steps, saved["step"])}
-        differ = differences(allowed, run)
+        # --steps may change, and the learning rate follows it, but not to fewer steps than
+        # have been trained
+        expected = saved["run"] | {"steps": max(cfg.steps, saved["step"])}
+        differ = differences(expected, run)
         if differ:
             fail(f"{path} is of another run (there, here): {', '.join(differ)}")
     else:
-        compress = not shape.engram or shape.engram.compress
+        # (without a memory, canonical ids are not used)
+        compress = shape.engram is not None and shape.engram.compress
         model = GPT(shape, canonical_ids(data.token_bytes, compress))
     # move it; a large table always stays in host memory
-    place(model, cfg.device, "host" if path.parent.name == "large" else cfg.table)
+    place(model, cfg.device, "host" if name == "large" else cfg.table)
     # an accelerator that nobody has tried may err in silence
     if torch.device(cfg.device).type not in ("cpu", "cuda"):
         check_rows(model, torch.from_numpy(data.batch(0)[0]))
     # optimisers are made of what has been moved
     backbone, row_adam = optimisers(model, cfg)
-    header = describe(path.parent.name, model, cfg, data)
+    header = describe(name, model, cfg, data)
     state = {"step": 0, "seconds": 0.0, "records": [], "header": header, "run": run,
              "shape": asdict(shape), "tokenizer": data.meta["tokenizer"],
              "canonical": model.canonical, "hash_probe": hash_probe(model)}
     # and the state of training: new, or as it was saved
     if saved:
-        tqdm.write(f"{path.parent.name:6s} continues after step {saved['step']:,}")
+        if ranks.RANK == 0:
+            tqdm.write(f"{name:6s} continues after step {saved['step']:,}")
         for optimizer, old in zip(backbone, saved["backbone"], strict=True):
             optimizer.load_state_dict(old)
         for moments, old in zip(row_adam.state, saved["tables"], strict=True):
@@ -254,6 +258,7 @@ def start(path, shape, cfg, data):
         # after a crash the log may be ahead of the checkpoint
         if ranks.RANK == 0:
             write_log(path.with_name("log.jsonl"), state)
+    # several processes keep one copy of a table in host memory, and of its moments
     ranks.share_tables(model, row_adam)
     return model, backbone, row_adam, state
 
@@ -265,8 +270,10 @@ def optimisers(model, cfg):
     matrices, others, embed_in = ({"params": [], "lr_scale": 1.0} for _ in range(3))
     others["weight_decay"] = 0.0
     embed_in["lr_scale"] = cfg.embed_lr
-    # Muon: {how many matrices stand side by side in one parameter: its group}
+    # Muon takes each matrix by itself: {how many outputs' matrices one parameter holds: its
+    # group}
     muon = {parts: {"params": [], "parts": parts, "lr_scale": 1.0} for parts in (1, 2, 3)}
+    # (a table is a buffer, not a parameter: RowAdam has it)
     for name, p in model.named_parameters():
         group = matrices
         if p.ndim < 2 or name.endswith(".taps"):
@@ -320,13 +327,14 @@ def check_finite(loss, step, path):
 def evaluate(model, row_adam, data, batch_size, precision):
     """Return the losses on the validation set, always the same tokens, and signs that the
     memory is alive, a number per memory layer: mean, spread and percentiles of the gate,
-    |output| / |h|, share of the rows that training has visited. Draw no random numbers."""
+    |output| / |h|, share of the rows that training has visited. It draws no random numbers,
+    so training does not depend on it."""
     # one pass over the validation set gives the losses and what the hooks have seen
     with watch(model) as seen:
         losses = token_losses(model, data.val_x, data.val_y, batch_size, precision)
     record = data.score(losses.double().numpy())
     if data.kinds and seen:
-        # of made-up text: what is known without the memory?
+        # made-up text, whose tokens have kinds: score it with the memory switched off too
         off = token_losses(model, data.val_x, data.val_y, batch_size, precision, memory=False)
         record["memory_off"] = data.score(off.double().numpy())
     for layer, moments in zip(seen, row_adam.state, strict=True):
@@ -342,19 +350,21 @@ def evaluate(model, row_adam, data, batch_size, precision):
     return record
 
 
-def training_record(state, cfg, losses, loads, spent):
-    """Return what a log says of the training since the last evaluation. losses, loads: of
-    its steps; spent: its seconds."""
+def training_record(state, cfg, losses, busiest, spent):
+    """Return what a log says of the training since the last evaluation, which took `spent`
+    seconds."""
     tokens = len(losses) * cfg.tokens_per_step
     return {"step": state["step"], "tokens": state["step"] * cfg.tokens_per_step,
             "seconds": state["seconds"], "tokens_per_s": tokens / spent,
             "lr": learning_rate(state["step"] - 1, cfg), "train_loss": sum(losses) / len(losses),
-            "load_max": float(sum(loads)) / len(loads),
+            "load_max": float(sum(busiest)) / len(busiest),
             "peak_bytes": peak_bytes(cfg.device)}
 
 
 def save(path, model, backbone, row_adam, state):
-    """Write log and checkpoint. The log first: a checkpoint is never ahead of it."""
+    """Write log and checkpoint, if the loss is finite. The log first: a checkpoint is never
+    ahead of it."""
+    check_finite(state["records"][-1]["val_loss"], state["step"], path)
     write_log(path.with_name("log.jsonl"), state)
     content = {"model": model.state_dict(), "tables": row_adam.state,
                "backbone": [optimizer.state_dict() for optimizer in backbone], **state}
@@ -381,9 +391,10 @@ def read_flags(argv):
     return cfg, shape
 
 
-def checkpoints(cfg):
-    """Return {model: path of its checkpoint}; refuse to begin again what exists, and to
-    resume what does not. Settle cfg.dtype: timed once, then kept when a run is resumed."""
+def open_out_dir(cfg):
+    """Make the models' folders and return {model: path of its checkpoint}. Without --resume
+    none may exist; with it one must, and the other models begin. Settle cfg.dtype: timed
+    once, then kept when a run is resumed."""
     names = ["moe", "engram", "large"] if cfg.model == "all" else [cfg.model]
     paths = {name: Path(cfg.out_dir) / name / "ckpt.pt" for name in names}
     there = [path for path in paths.values() if path.exists()]
@@ -410,9 +421,9 @@ def main(argv=None):
     if cfg.compile and not any(map(shutil.which, compilers)):
         fail("--compile needs a C++ compiler; there is no g++ or clang++ here: leave it out")
     new_figure()
-    paths = ranks.in_turn(partial(checkpoints, cfg))
+    paths = ranks.in_turn(partial(open_out_dir, cfg))
+    # all processes take what the first has timed
     cfg.dtype = ranks.of_first(cfg.dtype)
-    # (train() loads it again, perhaps in another process)
     data = ranks.in_turn(partial(load_data, cfg, shape.block_size))
     shape.vocab_size = data.meta["vocab_size"]
     try:
@@ -420,11 +431,11 @@ def main(argv=None):
     except ValueError as error:
         fail(error)
     # say what is about to happen
+    trained = data.train[:cfg.steps * cfg.tokens_per_step]
     for name in paths:
         if shapes[name].engram:
-            trained = data.train[:cfg.steps * cfg.tokens_per_step]
-            n_grams = crowding(shapes[name].engram, trained, data.token_bytes)
-            lines.append(f"{name:8s}{n_grams} of the text share each row (above ten is crowded)")
+            said = crowding(shapes[name].engram, trained, data.token_bytes)
+            lines.append(f"{name:8s}{said} of the text share each row (above ten is crowded)")
     lines += [f"data    {data.name}: {cfg.steps:,} steps x {cfg.tokens_per_step:,} tokens are "
               f"{data.passes:.2f} passes over {len(data.train):,} tokens;",
               f"        validated on {data.val_y.size:,} others"]
@@ -436,9 +447,9 @@ def main(argv=None):
     # train one model after the other, or on a CPU side by side
     tell = Progress(paths, cfg.steps)
     jobs = {name: partial(train, name, shapes[name], cfg) for name in paths}
-    several = len(jobs) > 1 and torch.get_num_threads() > 1
+    one_process = ranks.RANKS == 1 and cfg.device == "cpu"
     try:
-        if cfg.device == "cpu" and several and ranks.RANKS == 1:
+        if one_process and len(jobs) > 1 and torch.get_num_threads() > 1:
             side_by_side(jobs, tell)
         else:
             for job in jobs.values():
