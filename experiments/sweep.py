@@ -82,6 +82,13 @@ ALLOCATION = {
     "0.5": Arm(ENGRAM.flags, "rho 0.5, Engram"),
     "0.33": engram_arm("--rho 0.33", "rho 0.33"),
     "0": engram_arm("--rho 0", "rho 0")}
+# Trained so long that in-context copying forms. Of eight experts two are always active, so
+# two alone are no choice.
+LONGER = {
+    "moe": MOE,
+    "two": Arm("--model moe --n_expert 2", "two experts, no choice"),
+    "token": TWINS["token"],
+    "engram": ENGRAM}
 # Plain English: some 3.5 MB of TinyStories, prepared as a data set of this name.
 STORIES = {name: TWINS[name] for name in ("moe", "conv", "token", "engram", "large")}
 # Each changes one thing of Engram; the convolution stays as it is.
@@ -158,6 +165,8 @@ def sweeps():
                             "What else lowers the loss", seeds=5),
         "controls": laptop(CONTROLS, "engram", None, draw_differences,
                            "What is lost without one part of Engram"),
+        "longer": Sweep(LAPTOP.replace("laptop", "small"), LONGER, "moe", say_longer,
+                        draw_curves, steps=6000, seeds=5),
         "memory": laptop(MEMORY, "4582", say_memory, draw_differences,
                          "What more rows bring at the same compute", along=True),
         "allocation": laptop(ALLOCATION, "1", None, draw_differences,
@@ -309,6 +318,7 @@ CLAIMS = (("engram", "moe", "Memory instead of experts"),
           ("token", "moe", "A table of single tokens instead of experts"),
           ("conv", "moe", "Engram's convolution without a table"),
           ("fewer", "moe", "A quarter of the experts less"),
+          ("two", "moe", "Two experts instead of eight"),
           ("no conv", "token alone", "N-grams instead of single tokens, no convolution"))
 
 
@@ -328,6 +338,16 @@ def say_claims(sweep, runs):
     if shares:
         lines.append(f"Engram reached its twin's last loss in {len(shares)} of {len(pairs)} "
                      f"runs, after {statistics.mean(shares):.0%} of the tokens")
+    return lines
+
+
+def say_longer(sweep, runs):
+    """Say what each difference is worth, and which runs copy from their context."""
+    lines = say_claims(sweep, runs)
+    for arm, seeds in runs.items():
+        losses = [last(run)["copy_loss"] for run in seeds.values()]
+        lines.append(f"Loss on copyable tokens at the end, {sweep.arms[arm].title}: "
+                     f"{', '.join(f'{loss:.2f}' for loss in losses)}")
     return lines
 
 
