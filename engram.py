@@ -1,7 +1,6 @@
 """
 Engram: a hashed n-gram memory with a context-aware gate (arXiv 2601.07372), in plain PyTorch.
 
-    from engram import Engram, EngramConfig       # model.py shows it at work
     python -m pytest test_engram.py -k demo       # hold it to the official demo
 
 The demo is engram_demo_v1.py in github.com/deepseek-ai/Engram.
@@ -11,6 +10,9 @@ them to row numbers of a big table, read those rows, and let the hidden state de
 through a gate how much of what was read to believe. The row numbers depend on token ids
 alone, never on activations, so a read can start before the forward pass does.
 
+Once:
+  engram = Engram(EngramConfig(rows=100_000), block, D, n_canonical, pad)
+  row_adam = RowAdam([engram.table])       all other parameters are another optimiser's
 One step:
   GPT.addresses, on the host, while the step before is still under way:
     address = engram.address(x)      hash: which rows? x: canonical ids of the step's tokens
