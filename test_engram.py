@@ -53,15 +53,6 @@ VOCAB = 60
 CANONICAL = np.arange(VOCAB) // 2            # 30 canonical ids; end of text is 29
 
 
-@pytest.fixture(autouse=True)
-def same_start():
-    """One seed. Scripts change the number of threads; other tests keep theirs."""
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 def tiny_engram(**changes):
     shape = dict(blocks=(0, 2), orders=(2, 3), heads=2, rows=97, width=4)
     return EngramConfig(**shape | changes)
@@ -86,19 +77,6 @@ def tiny_gpt(dtype=torch.float64, **changes):
 
 def run(script, *argv):
     script.main([str(a) for a in argv])
-
-
-@pytest.fixture
-def refused(capsys):
-    """refused(word, call, *args): it ends with code 2 and one line that holds word."""
-    def check(word, call, *args):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            call(*args)
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert stopped.value.code == 2 and len(lines) == 1, lines
-        assert lines[0].startswith("error: ") and word in lines[0], lines
-    return check
 
 
 def wait_until(condition, seconds=10):
@@ -442,17 +420,6 @@ TINY = ("--n_embd 16 --n_head 2 --block_size 32 --n_layer 2 --n_expert 4 --exper
         "--shared_hidden 8 --engram_heads 2 --engram_width 4 --tokens_per_step 128 "
         "--batch_size 2 --steps 12 --eval_every 4 --eval_tokens 256 --dtype float32 "
         "--rho 0.5 --device cpu").split()
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """A prepared data set "mine" of a few thousand tokens -> the flags that name it."""
-    folder = tmp_path_factory.mktemp("data")
-    numbers = np.random.default_rng(0).zipf(1.4, 30000).clip(max=500)
-    words = [f"w{n}.\n" if n % 7 == 0 else f"w{n} " for n in numbers]
-    (folder / "mine.txt").write_text("".join(words))
-    prepare_data.prepare("mine", [folder / "mine.txt"], data_dir=folder, vocab_size=400)
-    return ["--dataset", "mine", "--data_dir", str(folder)]
 
 
 @pytest.fixture(scope="module")
