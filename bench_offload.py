@@ -16,8 +16,8 @@ device memory are the same RAM, so a link is SIMULATED: a gather takes at least 
 
 experiments/README.md says what the columns of a table mean.
 """
-import json
 import math
+import random
 import time
 from collections import defaultdict
 from functools import partial
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from common import (commit, fail, free_memory, keep_freed_memory, machine_name,
-                    make_parser, new_figure, run_script, write_whole)
+                    make_parser, new_figure, run_script, write_json)
 from engram import Address, Engram, EngramConfig, RowAdam
 from model import GPT, Cache, GPTConfig
 from offload import Fetch, take
@@ -63,9 +63,9 @@ class SlowFetch(Fetch):
         super().__init__(prefetch)
         self.gbps = gbps
 
-    def gather(self, table, row_ids, leaf, arrived):
+    def gather(self, table, row_ids, leaf, free):
         began = time.perf_counter()
-        event = super().gather(table, row_ids, leaf, arrived)
+        event = super().gather(table, row_ids, leaf, free)
         if self.gbps:
             spent = time.perf_counter() - began
             time.sleep(max(0, leaf.nbytes / self.gbps / 1e9 - spent))
@@ -76,10 +76,11 @@ class Bench:
     """A dense backbone of random weights with a memory, and the arms that take turns on it:
     each has a table, and a Fetch if that table is in host memory."""
 
-    def __init__(self, setup, device, rows, gbps, text=None):
-        """rows: of the table. gbps: speed of the simulated link, 0 for none. text: token ids
-        to take prompts from; None: random tokens."""
-        self.device, self.gbps, self.text, dtype = device, gbps, text, setup["dtype"]
+    def __init__(self, setup, device, rows, gbps):
+        """rows: of the table. gbps: speed of the simulated link, 0 for none."""
+        self.device, self.gbps, dtype = device, gbps, setup["dtype"]
+        # token ids to take prompts from; None: random tokens
+        self.text = None
         # how many reads were compared with rows read again
         self.compared = 0
         # use() puts our memory in the place of the backbone's, which has one row
@@ -155,7 +156,6 @@ def forward(bench, idx, targets=None, cache=None):
 
 @torch.inference_mode()
 def prompts(bench, batches):
-    """Return the reads."""
     reads = []
     for idx in batches:
         reads += forward(bench, idx)[1]
@@ -204,17 +204,10 @@ def first_blocks(bench, batches, n_blocks):
 
 @torch.inference_mode()
 def transfer(bench, table, row_ids):
-    """Read these rows, and nothing else."""
     fetch = Fetch(prefetch=False)
     for ids in row_ids:
         _, ready = fetch.start(table, ids, bench.device)
         ready()
-
-
-def any_order(arms):
-    """Return the arms in a random order: who comes later finds rows and weights in a cache."""
-    names = list(arms)
-    return [names[i] for i in torch.randperm(len(names)).tolist()]
 
 
 def measure_rounds(bench, work, n, shapes, arms=None):
@@ -223,7 +216,8 @@ def measure_rounds(bench, work, n, shapes, arms=None):
     # the first two rounds warm up
     for _ in range(n + 2):
         batches = bench.batches(shapes)
-        for arm in any_order(times):
+        # in a random order: who comes later finds rows and weights in a cache
+        for arm in random.sample(list(times), len(times)):
             bench.use(arm)
             ms, reads = bench.ms(work, bench, batches)
             times[arm].append(ms)
@@ -338,18 +332,16 @@ def compare(bench, what, work, n, shapes, passes=1):
         base = without if arm in (WITHOUT, RESIDENT) else resident
         speed = np.percentile(tokens / ms * 1e3, (50, 10, 90)).tolist()
         lost = interval_of_median(100 - 100 * without / ms)
-        exposed = interval_of_median(100 - 100 * resident / ms)
         added = interval_of_median(ms - base)
         should, held = expected[arm]
-        arms[arm] = {"tokens_per_s": speed, "lost_percent": lost,
-                     "lost_to_resident_percent": exposed, "added_ms": added,
+        arms[arm] = {"tokens_per_s": speed, "lost_percent": lost, "added_ms": added,
                      "predicted_ms": should, "bytes_on_device": held,
                      "ms": ms.round(3).tolist()}
         columns = ("  {:18s}{:9,.0f}{:8,.0f}{:8,.0f}{:6.1f} ({:5.1f} to {:5.1f})"
                    "{:9.2f}{:10.2f}{:10,.1f} MB")
         lines.append(columns.format(arm, *speed, *lost, added[0], should, held / 1e6))
     memory = arms[RESIDENT]["lost_percent"][0]
-    middle, low, high = arms[PREFETCHED]["lost_to_resident_percent"]
+    middle, low, high = interval_of_median(100 - 100 * resident / times[PREFETCHED])
     lines.append(f"  the memory itself costs {memory:.1f} %, the transfer that a prefetch "
                  f"leaves exposed {middle:.1f} % ({low:.1f} to {high:.1f})")
     print(*lines[3:], sep="\n", flush=True)
@@ -382,7 +374,7 @@ def latency(bench, n):
     for B in (1, 8, 64):
         times = {arm: [] for arm in bench.arms}
         for i in range(n + 1):
-            for arm in any_order(times):
+            for arm in random.sample(list(times), len(times)):
                 bench.use(arm)
                 ms = decode(bench, bench.batches([(B, 1)] * NEW))
                 # the first round warms up
@@ -529,17 +521,12 @@ def main(argv=None):
     result = {"commit": commit(), "device": machine_name(args.device),
               "torch": str(torch.__version__), "threads": torch.get_num_threads(),
               "args": vars(args), **measure(args, setup)}
-    save(result, folder)
+    write_json(folder / "offload.json", result)
     draw(result, folder)
     if args.full and args.device != "cpu":
         result["paper"] = paper(args)
-        save(result, folder)
+        write_json(folder / "offload.json", result)
     print(f"all figures: {folder}/offload.json; {time.time() - began:.0f} s")
-
-
-def save(result, folder):
-    content = json.dumps(result, indent=1).encode()
-    write_whole(folder / "offload.json", lambda file: file.write(content))
 
 
 if __name__ == "__main__":

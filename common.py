@@ -4,6 +4,7 @@ what the machine is. It imports none of our other files.
 """
 import argparse
 import ctypes
+import json
 import os
 import platform
 import resource
@@ -62,6 +63,12 @@ def write_whole(path, write):
         fail(f"{path} could not be written ({cause}); what was there before is kept")
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """Write value as JSON, all of it or nothing, and make the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda file: file.write(json.dumps(value).encode()))
 
 
 def commit():

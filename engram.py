@@ -105,14 +105,9 @@ class EngramConfig:
         self.conv_dilation = self.conv_dilation or self.orders[-1]
 
     @property
-    def rows_read(self):
-        """M, rows read per token in one layer."""
-        return len(self.orders) * self.heads
-
-    @property
     def d_mem(self):
         """Width of a token's M rows side by side."""
-        return self.rows_read * self.width
+        return len(self.orders) * self.heads * self.width
 
 
 # ---- the module ------------------------------------------------------------------------
@@ -407,7 +402,7 @@ def hash_multipliers(cfg, block, n_canonical):
 
 
 def is_prime(n):
-    return n > 1 and all(n % i for i in range(2, math.isqrt(n) + 1))
+    return all(n % i for i in range(2, math.isqrt(n) + 1))
 
 
 def head_primes(cfg):
@@ -430,9 +425,3 @@ def head_primes(cfg):
                 candidate += 1
             primes[block].append(found)
     return primes
-
-
-def table_parameters(cfg):
-    """Return how many numbers the tables of all layers hold together."""
-    rows = sum(np.sum(layer) for layer in head_primes(cfg).values())
-    return cfg.width * int(rows)

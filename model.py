@@ -280,7 +280,7 @@ def accounting(model):
     cfg, count = model.cfg, parameters_by_kind(model)
     # of all parameters, which does one token use?
     total = sum(count.values()) - count["embedding"]
-    values_read = sum(e.cfg.rows_read * e.cfg.width for e in model.engrams())
+    values_read = sum(engram.cfg.d_mem for engram in model.engrams())
     idle = 0
     if cfg.n_expert:
         idle = round(count["routed experts"] * (1 - cfg.top_k / cfg.n_expert))
@@ -311,7 +311,7 @@ def hash_probe(model):
 # ---- using a model ---------------------------------------------------------------------
 
 @torch.inference_mode()
-def generate(model, idx, max_new_tokens, temperature=0.8, top_k=50, generator=None, memory=True):
+def generate(model, idx, max_new_tokens, temperature=0.8, top_k=50, generator=None):
     """Continue tokens idx [1, T]; yield each new id as soon as it is known.
 
     Keys, values, the last n-gram and the last inputs of the convolution are kept in a
@@ -320,7 +320,7 @@ def generate(model, idx, max_new_tokens, temperature=0.8, top_k=50, generator=No
     # the prompt, at most a full context of it
     text = idx[:, -model.cfg.block_size:]
     cache, idx = Cache(model.cfg), text
-    reads = model.read(model.addresses(idx, cache)) if memory else []
+    reads = model.read(model.addresses(idx, cache))
     for _ in range(max_new_tokens):
         logits = model(idx, reads=reads, cache=cache)[0][:, -1].float()
         if temperature < 1e-6:
@@ -334,7 +334,7 @@ def generate(model, idx, max_new_tokens, temperature=0.8, top_k=50, generator=No
         if cache.length == model.cfg.block_size:
             cache, idx = Cache(model.cfg), text[:, -max(1, model.cfg.block_size // 2):]
         # the rows of the next step are under way while the caller prints this token
-        reads = model.read(model.addresses(idx, cache)) if memory else []
+        reads = model.read(model.addresses(idx, cache))
         yield new
 
 

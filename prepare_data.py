@@ -490,8 +490,8 @@ def build(folder, args):
 # ---- what train.py sees ----------------------------------------------------------------
 
 def find(name, device="cpu", data_dir="data"):
-    """Return the name of a data set, prepared if need be, and a note if python was taken
-    instead (or None). "auto" is tinystories on an accelerator, otherwise python."""
+    """Return the name of a data set, prepared if need be. "auto" is tinystories on an
+    accelerator, if it can be fetched, otherwise python."""
     auto = name == "auto"
     if auto:
         name = "python" if device == "cpu" else "tinystories"
@@ -501,10 +501,9 @@ def find(name, device="cpu", data_dir="data"):
         except Offline as error:
             if not auto:
                 raise
-            note = f"{name}: {error}; using python instead"
-            print(note)
-            return find("python", data_dir=data_dir)[0], note
-    return name, None
+            print(f"{name}: {error}; using python instead")
+            return find("python", data_dir=data_dir)
+    return name
 
 
 class Data:
@@ -513,7 +512,7 @@ class Data:
 
     def __init__(self, name, data_dir, block_size, sequences_per_step, steps, seed,
                  eval_tokens, device="cpu"):
-        self.name, self.note = find(name, device, data_dir)
+        self.name = find(name, device, data_dir)
         self.meta, self.train, val = load(self.name, data_dir)
         self.T, self.sequences_per_step = block_size, sequences_per_step
         # a sequence needs one token more, the target of its last one
@@ -543,7 +542,7 @@ class Data:
         self.token_bytes = token_bytes(self.meta["tokenizer"])
         self.bytes = np.array([len(b) for b in self.token_bytes])
         self.bytes[self.meta["eot"]] = 0
-        self.seen, self.copyable = self.count(wanted, 2)
+        _, self.copyable = self.count(wanted, 2)
 
     def sequences(self, tokens, starts):
         """Return inputs and targets [n, T] that begin at starts."""

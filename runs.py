@@ -33,7 +33,7 @@ def describe(name, model, cfg, data):
             "config": asdict(cfg), "shape": asdict(model.cfg),
             "accounting": accounting(model),
             "parameters_by_kind": parameters_by_kind(model),
-            "data": {**known, "note": data.note},
+            "data": known,
             "copyable_tokens": int(data.copyable.sum()), "passes": data.passes,
             "commit": commit(), "python": platform.python_version(),
             "torch": str(torch.__version__), "device": machine_name(cfg.device),

@@ -559,8 +559,7 @@ def test_what_was_there_is_kept(tmp_path, refused, writer):
     (train, "--block_size 50000 --tokens_per_step 100000", "block_size"),
     (train, "--engram_rows 9999999999", "GB"), (train, "--compile", "C++ compiler"),
     (sample, "--model moe --memory", "no memory"),
-    (sample, "--model moe --write a b", "no memory"), (sample, "--write a", "2 arguments"),
-    (sample, "--png a.png", "needs"),
+    (sample, "--model moe --write a b", "no memory"), (sample, "--png a.png", "needs"),
     (sample, "--max_new_tokens 0", "nothing to do"), (sample, "--temperature nan", "nan"),
     (sample, f"--prompt FILE:{HERE / 'test_vectors.npz'}", "utf-8"),
     (bench_offload, "--link_gbps nan", "gbps"), (prepare_data, "--vocab_size 256", "257"),
@@ -844,17 +843,16 @@ def test_text_is_streamed_in_whole_characters(monkeypatch):
 
 
 @pytest.mark.parametrize("length", [1, 20, 32, 50])
-@pytest.mark.parametrize("memory", [True, False])
-def test_beyond_the_context_is_going_on_by_hand(length, memory):
+def test_beyond_the_context_is_going_on_by_hand(length):
     """A cache that outlives its text, or computes it again; a half that is not the last."""
     model, made, sizes = tiny_gpt(), [], []
     context = torch.randint(0, 60, (1, length))[:, -32:]
     hook = model.register_forward_pre_hook(lambda _, args: sizes.append(args[0].size(1)))
-    new = list(generate(model, context, 60, temperature=0, memory=memory))
+    new = list(generate(model, context, 60, temperature=0))
     hook.remove()
     assert sizes[0] == context.size(1) and set(sizes[1:]) == {1, 16}
     for _ in range(60):
-        logits = model(context, reads=None if memory else [])[0][:, -1]
+        logits = model(context)[0][:, -1]
         best = logits.argmax(-1, keepdim=True)
         made.append(best.item())
         kept = context if context.size(1) < 32 else context[:, -15:]
@@ -1039,8 +1037,6 @@ def test_documents(tmp_path, monkeypatch):
         assert enc.decode(written) == "".join(docs)
         n_bytes = meta["train"]["bytes"] + meta["val"]["bytes"]
         assert n_bytes == len("".join(docs).encode())
-    # a prompt is encoded as a text is: the marker is one token, here the second one
-    assert prepare_data.encode_text(enc, f"a{EOT}b")[1] == meta["eot"]
 
 
 def test_python_corpus():
@@ -1148,8 +1144,7 @@ def test_tinystories(hub, tmp_path, monkeypatch):
     with pytest.raises(prepare_data.Offline, match="404"):
         prepare_data.find("tinystories", "cuda", new)
     monkeypatch.setitem(prepare_data.DEFAULT_MB, "python", 1)
-    name, note = prepare_data.find("auto", "cuda", new)
-    assert name == "python" and "404" in note
+    assert prepare_data.find("auto", "cuda", new) == "python"
 
 
 def test_gpt2(tmp_path):

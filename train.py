@@ -38,7 +38,6 @@ from prepare_data import Data
 from runs import HARMLESS, compare, describe, differences, flat, plot, write_log
 from twins import count, crowding, shapes_of
 
-run_opt = partial(opt, group="run")
 data_opt = partial(opt, group="data")
 optim_opt = partial(opt, group="optimiser")
 
@@ -46,24 +45,24 @@ optim_opt = partial(opt, group="optimiser")
 @dataclass
 class Config:
     """Flags, together with GPTConfig's and EngramConfig's. The laptop preset is the defaults."""
-    model: str = run_opt("all", "moe (the twin), engram, large (engram with more rows, see "
-                         "--large), or all of these", ("all", "moe", "engram", "large"))
-    preset: str = run_opt("auto", "set of defaults; auto: gpu where there is CUDA, else "
-                          "laptop", ("auto", "laptop", "small", "gpu"))
-    out_dir: str = run_opt("out", "folder for logs, checkpoints and loss.png")
-    resume: bool = run_opt(False, "continue from the checkpoints in out_dir")
-    device: str = run_opt("auto", "cpu, cuda, cuda:1, ...; auto: the accelerator, if any")
-    dtype: str = run_opt("auto", "bfloat16 (by autocast) or float32; auto: time both and "
-                         "take the faster; set it explicitly when you compare runs",
-                         ("auto", "float32", "bfloat16"))
-    table: str = run_opt("resident", "where the memory's table lives: resident (on the "
-                         "device) or host (in host memory; always so for the model large)",
-                         ("resident", "host"))
-    compile: bool = run_opt(False, "use torch.compile; compiling takes a while, so it does "
-                            "not pay for short runs")
-    seed: int = run_opt(0, "seed of the initial weights and of the order of the data",
-                        least=0, most=2 ** 63 - 1)
-    eval_every: int = run_opt(75, "steps between evaluations; each writes a checkpoint", least=1)
+    model: str = opt("all", "moe (the twin), engram, large (engram with more rows, see "
+                     "--large), or all of these", ("all", "moe", "engram", "large"))
+    preset: str = opt("auto", "set of defaults; auto: gpu where there is CUDA, else "
+                      "laptop", ("auto", "laptop", "small", "gpu"))
+    out_dir: str = opt("out", "folder for logs, checkpoints and loss.png")
+    resume: bool = opt(False, "continue from the checkpoints in out_dir")
+    device: str = opt("auto", "cpu, cuda, cuda:1, ...; auto: the accelerator, if any")
+    dtype: str = opt("auto", "bfloat16 (by autocast) or float32; auto: time both and "
+                     "take the faster; set it explicitly when you compare runs",
+                     ("auto", "float32", "bfloat16"))
+    table: str = opt("resident", "where the memory's table lives: resident (on the "
+                     "device) or host (in host memory; always so for the model large)",
+                     ("resident", "host"))
+    compile: bool = opt(False, "use torch.compile; compiling takes a while, so it does "
+                        "not pay for short runs")
+    seed: int = opt(0, "seed of the initial weights and of the order of the data",
+                    least=0, most=2 ** 63 - 1)
+    eval_every: int = opt(75, "steps between evaluations; each writes a checkpoint", least=1)
     dataset: str = data_opt("auto", "python, tinystories, openwebtext or a name of your own; "
                             "auto: tinystories on an accelerator, else python")
     data_dir: str = data_opt("data", "folder that prepare_data.py writes to")
@@ -301,7 +300,7 @@ def learning_rate(step, cfg):
     warmup = max(1, round(cfg.warmup_share * cfg.steps))
     if step < warmup:
         return cfg.lr * (step + 1) / warmup
-    done = (step - warmup) / max(1, cfg.steps - warmup)
+    done = (step - warmup) / (cfg.steps - warmup)
     cosine = (1 + math.cos(math.pi * done)) / 2
     return cfg.lr * (cfg.min_lr_share + (1 - cfg.min_lr_share) * cosine)
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from engram import canonical_ids, table_parameters
+from engram import canonical_ids
 from model import GPT, accounting
 
 
@@ -53,10 +53,11 @@ def make_twins(cfg, rho):
     #    or above the number asked for, so go down until they fit.
     base = count(engram)
     freed = count(moe)["P_tot"] - (base["P_tot"] - base["table_parameters"])
-    per_row = len(cfg.engram.blocks) * cfg.engram.rows_read * cfg.engram.width
+    per_row = len(cfg.engram.blocks) * cfg.engram.d_mem
     rows = freed // per_row
     while not given and rows > 1:
-        over = table_parameters(replace(cfg.engram, rows=rows)) - freed
+        engram.engram = replace(cfg.engram, rows=rows)
+        over = count(engram)["table_parameters"] - freed
         if over <= 0:
             break
         rows -= math.ceil(over / per_row)

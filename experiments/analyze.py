@@ -23,7 +23,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from common import default_device, fail, make_parser, new_figure, run_script, write_whole
+from common import (default_device, fail, make_parser, new_figure, run_script, write_json,
+                    write_whole)
 from engram import Engram, EngramConfig
 from model import load_checkpoint, token_losses, watch
 from runs import differences, twin_differences
@@ -326,8 +327,7 @@ def depth(pair):
         control = cka([(other, twin) for _, twin, other in parts])
         found[where] = {
             "alignment": by_layer(alignment(engram) - alignment(control)),
-            "engram": {str(i): by_layer(row) for i, row in enumerate(engram)},
-            "control": {str(i): by_layer(row) for i, row in enumerate(control)}}
+            "engram": {str(i): by_layer(row) for i, row in enumerate(engram)}}
     return found
 
 
@@ -442,11 +442,6 @@ ANALYSES = {
     "zipf": (zipf, say_zipf, draw_zipf)}
 
 
-def write_results(path, found):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: file.write(json.dumps(found).encode()))
-
-
 def read_results(path):
     try:
         return json.loads(path.read_text())
@@ -483,7 +478,7 @@ def main(argv=None):
             found = zipf(pairs[0])
         else:
             found = over_pairs([find(pair) for pair in pairs])
-        write_results(path, {"headers": headers, **found})
+        write_json(path, {"headers": headers, **found})
     found = read_results(path)
     print(*say(found), f"numbers: {path}", sep="\n")
     if draw:

@@ -1,7 +1,7 @@
 """
 Experiments of many runs: train what is missing, then print a table and draw a picture.
 
-    python -m experiments.sweep allocation         # 18 runs; the results go to runs/results
+    python -m experiments.sweep allocation         # 30 runs; the results go to runs/results
     python -m experiments.sweep controls --seeds 8 --arms raw ungated
     python -m experiments.sweep memory --plot      # from experiments/results, no training
 
@@ -30,9 +30,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import default_device, fail, machine_name, make_parser, run_script
+from common import default_device, fail, machine_name, make_parser, run_script, write_json
 from experiments.analyze import (COMMITTED, STYLES, draw_picture, interval, points,
-                                 read_results, write_results)
+                                 read_results)
 from experiments.tasks import TASKS, draw_books, draw_recall, make, table_of_books, table_of_recall
 from prepare_data import find, load
 from runs import crossing, read_log
@@ -150,7 +150,6 @@ class Sweep(NamedTuple):
 
 
 def sweeps():
-    """Return {name: Sweep}."""
     laptop = partial(Sweep, LAPTOP)
     books = {}
     for share in (20, 50, 80):
@@ -236,13 +235,12 @@ def collect(path, settings, sweep):
             run = finished(settings, arm.flags, seed)
             if run:
                 runs.append({"arm": name, **run})
-    write_results(path, {"name": path.stem, "settings": settings, "runs": runs})
+    write_json(path, {"name": path.stem, "settings": settings, "runs": runs})
 
 
 def run_all(path, sweep, wanted):
     """Train what is missing of the wanted arms, and write path after each run."""
     settings = settle(sweep)
-    collect(path, settings, sweep)
     seeds = range(sweep.first_seed, sweep.first_seed + sweep.seeds)
     pool = ThreadPoolExecutor(2 if "--device cpu" in settings["flags"] else 1)
     try:
@@ -259,7 +257,6 @@ def run_all(path, sweep, wanted):
 # ---- what a sweep found --------------------------------------------------------------
 
 def last(run):
-    """Return the last evaluation of a run."""
     return run["records"][-1]
 
 
@@ -389,7 +386,6 @@ def draw_curves(axes, sweep, runs):
 
 
 def draw_differences(axes, sweep, runs):
-    """Draw each arm's loss minus the reference's."""
     found = {arm: gaps(runs, arm, sweep.reference) for arm in runs}
     found = {arm: values for arm, values in found.items() if values}
     places, line = range(len(found)), ""

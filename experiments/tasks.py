@@ -100,7 +100,7 @@ def make(name, data_dir="data", n_tokens=2_560_000):
     tokens = [base64.b64encode(f" {i}".encode()).decode() for i in range(vocab_size - 1)]
     tok = {"kind": "bpe", "pattern": r"\S+", "tokens": tokens}
     tok["sha256"] = hashlib.sha256(json.dumps(tok).encode()).hexdigest()
-    meta = {"name": name, "args": {}, "vocab_size": vocab_size, "eot": vocab_size - 1,
+    meta = {"name": name, "vocab_size": vocab_size, "eot": vocab_size - 1,
             "tokenizer": tok, "kinds": kinds}
     for split, n, seed in (("train", n_tokens, 100), ("val", 65536, 101)):
         rng = np.random.default_rng(seed)
@@ -111,8 +111,7 @@ def make(name, data_dir="data", n_tokens=2_560_000):
         ids, kind_of = (np.concatenate(part)[:n + 1] for part in zip(*drawn))
         raw = ids.astype("<u2").tobytes()
         (folder / f"{split}.bin").write_bytes(raw)
-        meta[split] = {"tokens": len(ids), "documents": len(drawn), "size": len(raw),
-                       "bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+        meta[split] = {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
     kind_of.astype(np.uint8).tofile(folder / "val_kinds.bin")
     (folder / "meta.json").write_text(json.dumps(meta))
 

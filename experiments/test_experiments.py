@@ -99,7 +99,7 @@ def test_a_sweep_continues_where_it_was(corpus, tmp_path, monkeypatch, capsys, r
     monkeypatch.setattr(train, "write_whole", stop_once)
     with pytest.raises((SystemExit, KeyboardInterrupt)):
         sweep.main(argv)
-    assert cut and not json.loads(path.read_text())["runs"]
+    assert cut and not path.exists()
     sweep.main(argv)
     assert any("--resume" in command for command in commands)
     runs = json.loads(path.read_text())["runs"]
@@ -120,7 +120,6 @@ def test_a_sweep_continues_where_it_was(corpus, tmp_path, monkeypatch, capsys, r
 # ---- analyses ------------------------------------------------------------------------
 
 def ngrams(ids, n):
-    """Return the n-grams of a sequence, as tuples."""
     return [tuple(ids[t:t + n]) for t in range(len(ids) + 1 - n)]
 
 
@@ -323,9 +322,10 @@ def test_what_made_up_text_tells(tmp_path):
 README = (analyze.COMMITTED.parent / "README.md").read_text()
 
 
-def printed_by_all():
-    """Return {name: lines} that the commands print of the committed results, and the
-    intervals that tables with any other reference hold."""
+def test_the_readme_is_the_result():
+    """A row, finding or interval in the README that no command prints; results it does not
+    tell."""
+    # {name: lines} of the committed results, and lines of tables with any other reference
     printed, others = {}, []
     for path in sorted(analyze.COMMITTED.glob("*.json")):
         name, kind = path.stem, sweep.sweeps().get(path.stem)
@@ -337,13 +337,6 @@ def printed_by_all():
         printed[name] = sweep.lines_of(kind, runs)
         for reference in runs:
             others += sweep.table(kind._replace(reference=reference), runs)
-    return printed, others
-
-
-def test_the_readme_is_the_result():
-    """A row, finding or interval in the README that no command prints; results it does not
-    tell."""
-    printed, others = printed_by_all()
     for name, lines in printed.items():
         command = "sweep" if name in sweep.sweeps() else "analyze"
         assert f"-m experiments.{command} {name} --plot`" in README.replace("\n", " "), name
