@@ -20,13 +20,13 @@ One step:
     read = engram.read(address)      gather each row once into a small tensor, read.leaf
   Block.forward:
     h = h + engram(h, read)          project what was read, gate it, add it to the stream
-  train.py:
+  train.py, the second by way of ranks.update():
     loss.backward()                  fill read.leaf.grad: U rows, not the whole table
     row_adam.step([read], lr)        update those U rows of the table, and no others
 
 Letters, here and in model.py:
     B batch, T time, D model width (n_embd), h hidden states [B, T, D]
-    V' number of canonical ids (tokens that differ in case or accents alone share one)
+    V' number of canonical ids (tokens that differ in case, accents or outer spaces share one)
     N largest n-gram order, K hash heads per order, M = len(orders) * K rows read per token
     R rows of one layer's table, d width of one row, d_mem = M * d
     U unique rows read in a step
@@ -175,7 +175,7 @@ class Engram(nn.Module):
     def reset(self):
         """Initialise so that the memory contributes little at first but receives gradients
         from the first step. Both table and value projection start at random: if both were
-        zero, neither would ever get a gradient."""
+        zero, neither would get a gradient from the other."""
         self.table.normal_(std=0.02)
         for module in self.children():
             if isinstance(module, nn.Linear):
@@ -253,11 +253,9 @@ class Engram(nn.Module):
         return Address(row_ids, inverse)
 
     def read(self, address):
-        """Return the Read of an Address.
-
-        Every different row is gathered once into one small tensor, the leaf. Autograd
+        """Gather each row of an Address once into one small tensor, the leaf. Autograd
         sees its [U, d] numbers and never the table's [R, d]. Nothing has to come back from
-        the device here, so the host does not wait for it."""
+        the device here."""
         row_ids, device = address.row_ids, self.value.weight.device
         if self.fetch is None:
             row_ids = row_ids.to(device, non_blocking=True)

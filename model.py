@@ -298,7 +298,6 @@ def accounting(model):
             "bytes_read_per_token": values_read * model.embed.weight.element_size()}
 
 
-@torch.no_grad()
 def hash_probe(model):
     """Return the row numbers of a fixed text, a list per memory layer. A checkpoint
     holds them: if they differ now, the hash was changed, and would read wrong rows."""

@@ -9,8 +9,9 @@ the place of use. What takes part, in the order in which it appears:
 
     leaf            the small tensor [U, d] on the model's device that the forward pass
                     reads. It is empty at first. A Read carries it (engram.py).
-    free            an event, that is, a mark in the GPU's queue of work. torch may give leaf
-                    memory that work in this queue still uses; behind the mark it is free.
+    free            an event, that is, a mark in the compute queue, where the model's work for
+                    a GPU waits. torch may give leaf memory that work before the mark still
+                    uses; behind the mark it is free.
     worker          a thread beside the main one. It gathers rows of the table in host
                     memory, so that the main thread can go on and start the blocks.
     staging buffer  where the worker puts the rows for a GPU. It is pinned (the system may
@@ -81,7 +82,7 @@ class Fetch:
         with torch.inference_mode(leaf.is_inference()):
             if leaf.is_cuda:
                 return self.copy_to_gpu(table, row_ids, leaf, free)
-            # another accelerator: an ordinary copy, for which everything waits
+            # another accelerator: an ordinary copy
             leaf.copy_(table[row_ids])
 
     def copy_to_gpu(self, table, row_ids, leaf, free):

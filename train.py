@@ -82,8 +82,8 @@ class Config:
     weight_decay: float = optim_opt(0.1, "weight decay of matrices; nothing else decays", least=0)
     grad_clip: float = optim_opt(1.0, "largest norm of all gradients together, those of "
                                "rows included", least=1e-12)
-    balance_step: float = optim_opt(0.01, "step of the bias that balances the experts; it falls "
-                                    "with lr", least=0)
+    balance_step: float = optim_opt(0.01, "step of the bias that balances the experts; it follows "
+                                    "lr", least=0)
     optimizer: str = optim_opt("muon", "of the blocks' matrices, except the router",
                                ("adamw", "muon"))
     embed_lr: float = optim_opt(1.0, "learning rate of an --untied embedding, in units of lr",
@@ -183,7 +183,7 @@ def train(name, shape, cfg, tell):
             optimizer.step()
             optimizer.zero_grad()
         ranks.update(row_adam, reads, lr * cfg.table_lr)
-        # balance the experts
+        # balance the experts; each layer returns the load of its busiest one over the mean
         of_layers = [moe.move_bias(cfg.balance_step * lr / cfg.lr) for moe in moes]
         busiest.append(sum(of_layers) / max(1, len(moes)))
         losses.append(loss)
@@ -195,8 +195,10 @@ def prepare(step, data, model, cfg):
     nothing to train: return those of the last one."""
     batch = data.batch(min(step, cfg.steps - 1), ranks.RANK, ranks.RANKS)
     x, y = map(torch.from_numpy, batch)
+    # first of all: a copy to a GPU may wait for it
+    addresses = model.addresses(x)
     return (x.to(cfg.device, non_blocking=True), y.to(cfg.device, non_blocking=True),
-            model.addresses(x))
+            addresses)
 
 
 def start(name, path, shape, cfg, data):
@@ -208,8 +210,10 @@ def start(name, path, shape, cfg, data):
     run |= flat(asdict(shape))
     run["tokenizer"] = data.meta["tokenizer"]["sha256"]
     run |= {f"{split} data": data.meta[split]["sha256"] for split in ("train", "val")}
-    # weights, gradients and two moments, 4 bytes a number (free is 0 if it is not known)
-    need, free = 4 * 4 * count(shape)["parameters"], free_memory()
+    # 4 bytes each for a weight, its gradient and two moments; a table has no such gradient
+    size, free = count(shape), free_memory()
+    need = 16 * size["parameters"] - 4 * size["table_parameters"]
+    # (free is 0 if it is not known)
     if 0 < free < need:
         fail(f"training this model takes up to {need / 1e9:,.1f} GB, {free / 1e9:.1f} GB are "
              "free: ask for fewer --engram_rows, fewer --n_expert, or a smaller --n_embd")
@@ -265,11 +269,11 @@ def start(name, path, shape, cfg, data):
 def optimisers(model, cfg):
     """Return the backbone's optimisers, AdamW and perhaps Muon, and row-wise Adam, without
     decay, for the tables."""
-    # AdamW: matrices decay; norms, biases and taps do not; embed_in has a rate of its own
+    # AdamW: matrices decay, norms, biases and taps do not; embed_in has a rate of its own
     matrices, others, embed_in = ({"params": [], "lr_scale": 1.0} for _ in range(3))
     others["weight_decay"] = 0.0
     embed_in["lr_scale"] = cfg.embed_lr
-    # Muon takes each matrix by itself: {how many outputs' matrices one parameter holds: its
+    # Muon takes each matrix by itself: {how many of them a parameter holds (q, k, v: 3): its
     # group}
     muon = {parts: {"params": [], "parts": parts, "lr_scale": 1.0} for parts in (1, 2, 3)}
     # (a table is a buffer, not a parameter: RowAdam has it)
@@ -328,7 +332,6 @@ def evaluate(model, row_adam, data, batch_size, precision):
     memory is alive, a number per memory layer: mean, spread and percentiles of the gate,
     |output| / |h|, share of the rows that training has visited. It draws no random numbers,
     so training does not depend on it."""
-    # one pass over the validation set gives the losses and what the hooks have seen
     with watch(model) as seen:
         losses = token_losses(model, data.val_x, data.val_y, batch_size, precision)
     record = data.score(losses.double().numpy())
@@ -350,8 +353,8 @@ def evaluate(model, row_adam, data, batch_size, precision):
 
 
 def training_record(state, cfg, losses, busiest, spent):
-    """Return what a log says of the training since the last evaluation, which took `spent`
-    seconds."""
+    """Return what a log says of the training since the last evaluation. This training took
+    `spent` seconds."""
     tokens = len(losses) * cfg.tokens_per_step
     return {"step": state["step"], "tokens": state["step"] * cfg.tokens_per_step,
             "seconds": state["seconds"], "tokens_per_s": tokens / spent,

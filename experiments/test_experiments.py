@@ -24,12 +24,8 @@ from common import write_whole
 from engram import Engram, EngramConfig
 from experiments import analyze, sweep, tasks
 from model import load_checkpoint, watch
-from test_engram import TINY
+from test_engram import TINY, run
 from twins import make_twins
-
-
-def train_tiny(corpus, out, *flags):
-    train.main([*TINY, *corpus, "--out_dir", str(out), *flags])
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +33,7 @@ def pair_dirs(corpus, tmp_path_factory):
     """Train two pairs of tiny twins."""
     out = tmp_path_factory.mktemp("out")
     for seed in "01":
-        train_tiny(corpus, out / seed, "--seed", seed)
+        run(train, *corpus, *TINY, "--out_dir", out / seed, "--seed", seed)
     return str(out / "0"), str(out / "1")
 
 
@@ -262,7 +258,7 @@ def test_checkpoints_that_are_not_twins(pair_dirs, corpus, tmp_path, refused):
     torch.save({**saved, "run": {**saved["run"], "val data": "0"}}, path)
     argv[0] = "gates"
     refused("is not what", analyze.main, argv)
-    train_tiny(corpus, tmp_path, "--model", "engram", "--engram_gate", "off")
+    run(train, *corpus, *TINY, "--out_dir", tmp_path, "--model", "engram", "--engram_gate", "off")
     refused("where there is a gate", analyze.main, ["gates", "--out_dir", str(tmp_path)])
 
 
