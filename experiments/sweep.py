@@ -82,13 +82,6 @@ ALLOCATION = {
     "0.5": Arm(ENGRAM.flags, "rho 0.5, Engram"),
     "0.33": engram_arm("--rho 0.33", "rho 0.33"),
     "0": engram_arm("--rho 0", "rho 0")}
-# Trained so long that in-context copying forms. Of eight experts two are always active, so
-# two alone are no choice.
-LONGER = {
-    "moe": MOE,
-    "two": Arm("--model moe --n_expert 2", "two experts, no choice"),
-    "token": TWINS["token"],
-    "engram": ENGRAM}
 # Plain English: some 3.5 MB of TinyStories, prepared as a data set of this name.
 STORIES = {name: TWINS[name] for name in ("moe", "conv", "token", "engram", "large")}
 # Each changes one thing of Engram; the convolution stays as it is.
@@ -104,6 +97,13 @@ CONTROLS = {
     "block 0": engram_arm("--engram_blocks 0", "in block 0 instead of 1"),
     "block 2": engram_arm("--engram_blocks 2", "in block 2"),
     "blocks 1 3": engram_arm("--engram_blocks 1 3", "half of it in block 1, half in block 3")}
+# Trained so long that in-context copying forms. Of eight experts two are always active, so
+# two alone are no choice.
+LONGER = {
+    "moe": MOE,
+    "two": Arm("--model moe --n_expert 2", "two experts, no choice"),
+    "one row": CONTROLS["one row"],
+    "engram": ENGRAM}
 MEMORY = {
     "4582": Arm(ENGRAM.flags, "4,582 rows per head (Engram)"),
     "73312": Arm("--model large", "73,312 rows per head (16 times)"),
@@ -316,6 +316,8 @@ CLAIMS = (("engram", "moe", "Memory instead of experts"),
           ("conv", "moe", "Engram's convolution without a table"),
           ("fewer", "moe", "A quarter of the experts less"),
           ("two", "moe", "Two experts instead of eight"),
+          ("one row", "moe", "Engram's module and fewer experts, with nothing to remember"),
+          ("engram", "one row", "Something to remember instead of nothing"),
           ("no conv", "token alone", "N-grams instead of single tokens, no convolution"))
 
 
