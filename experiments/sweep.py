@@ -341,12 +341,15 @@ def say_claims(sweep, runs):
 
 
 def say_longer(sweep, runs):
-    """Say what each difference is worth, and which runs copy from their context."""
+    """Say what each difference is worth, and when in-context copying formed in each run: when
+    the loss on copyable tokens fell below 6."""
     lines = say_claims(sweep, runs)
     for arm, seeds in runs.items():
-        losses = [last(run)["copy_loss"] for run in seeds.values()]
-        lines.append(f"Loss on copyable tokens at the end, {sweep.arms[arm].title}: "
-                     f"{', '.join(f'{loss:.2f}' for loss in losses)}")
+        when = []
+        for run in seeds.values():
+            tokens = crossing(run["records"], 6, "copy_loss")
+            when.append(f"{tokens / 1e6:.1f}M" if tokens else "not yet")
+        lines.append(f"Copying formed after, {sweep.arms[arm].title}: {', '.join(when)}")
     return lines
 
 
