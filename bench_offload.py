@@ -16,7 +16,6 @@ device memory are the same RAM, so a link is SIMULATED: a gather takes at least 
 
 experiments/README.md says what the columns of a table mean.
 """
-import math
 import random
 import time
 from collections import defaultdict
@@ -101,7 +100,6 @@ class Bench:
                      PREFETCHED: (host, SlowFetch(True, gbps))}
 
     def use(self, arm):
-        """Give the model the memory of an arm."""
         for block in self.model.blocks:
             block.engram = None
         if arm != WITHOUT:
@@ -457,7 +455,7 @@ def measure(args, setup):
     # of the last and largest table
     result["parts"] = parts(bench, *prompt, few)
     # (a tokenizer of another size would not fit)
-    if check(Path("data/python")).get("vocab_size", math.inf) <= bench.cfg.vocab_size:
+    if check(Path("data/python")).get("vocab_size", float("inf")) <= bench.cfg.vocab_size:
         bench.text = load("python")[1]
         result["text"] = compare(bench, f"prompts, {size} tokens of text", prompts,
                                  args.rounds, prompt)

@@ -664,6 +664,18 @@ def test_a_rank_that_dies_ends_the_others(corpus, tmp_path):
 
 # ---- where the table lives -------------------------------------------------------------
 
+class Slow(Fetch):
+    """Counts its gathers, takes time for each, and fails if told to."""
+    begun, works, seconds = 0, True, 0.002
+
+    def gather(self, *args):
+        Slow.begun += 1
+        time.sleep(self.seconds)
+        if not self.works:
+            raise OSError("the disk does not answer")
+        return super().gather(*args)
+
+
 @pytest.mark.parametrize("prefetch", [True, False])
 def test_offloaded_is_resident_bit_for_bit(prefetch, refused, monkeypatch):
     """Rows of another layer, batch or step; a buffer used again before it is read; a gather
@@ -681,11 +693,6 @@ def test_offloaded_is_resident_bit_for_bit(prefetch, refused, monkeypatch):
         late = [model(idx[i % 3][None], reads=reads.pop(i))[0] for i in (58, 31, 2, 1, 0)]
         return [model(idx)[0], *chunks, text, *late]
 
-    class Slow(Fetch):
-        def gather(self, *args):
-            time.sleep(0.002)
-            return super().gather(*args)
-
     want = outputs()
     monkeypatch.setattr("offload.Fetch", Slow)
     place(model, "cpu", "host", prefetch)
@@ -700,17 +707,9 @@ def test_offloaded_is_resident_bit_for_bit(prefetch, refused, monkeypatch):
 def test_reads_start_early(monkeypatch):
     """A prefetch that begins too late; a hang, or a silent empty row, where the worker
     fails."""
-    class Slow(Fetch):
-        begun, works = 0, True
-
-        def gather(self, *args):
-            Slow.begun += 1
-            time.sleep(0.05)
-            if not self.works:
-                raise OSError("the disk does not answer")
-            return super().gather(*args)
-
     monkeypatch.setattr("offload.Fetch", Slow)
+    monkeypatch.setattr(Slow, "begun", 0)
+    monkeypatch.setattr(Slow, "seconds", 0.05)
     model, idx = tiny_gpt(), torch.randint(VOCAB, (1, 4))
     place(model, "cpu", "host")
     for n, _ in zip(range(2, 8), generate(model, idx, 20), strict=False):

@@ -197,7 +197,6 @@ def settle(sweep):
 
 
 def home(settings, flags, seed):
-    """Return the folder of one run."""
     known = json.dumps([settings, flags, seed], sort_keys=True)
     return Path("runs") / hashlib.sha256(known.encode()).hexdigest()[:12]
 
