@@ -100,6 +100,7 @@ class Bench:
                      PREFETCHED: (host, SlowFetch(True, gbps))}
 
     def use(self, arm):
+        """Give the model the memory of an arm."""
         for block in self.model.blocks:
             block.engram = None
         if arm != WITHOUT:
@@ -154,6 +155,7 @@ def forward(bench, idx, targets=None, cache=None):
 
 @torch.inference_mode()
 def prompts(bench, batches):
+    """Run the model on each batch of prompts. Return the reads."""
     reads = []
     for idx in batches:
         reads += forward(bench, idx)[1]
@@ -202,6 +204,7 @@ def first_blocks(bench, batches, n_blocks):
 
 @torch.inference_mode()
 def transfer(bench, table, row_ids):
+    """Read these rows, and nothing else."""
     fetch = Fetch(prefetch=False)
     for ids in row_ids:
         _, ready = fetch.start(table, ids, bench.device)

@@ -59,8 +59,8 @@ def check_fields(config):
         least = limits.get("least")
         if least is None:
             continue
-        # isfinite: infinity is refused, even where there is no upper limit
-        if not least <= value <= limits["most"] or not math.isfinite(value):
+        # infinity is refused where there is no upper limit too; nan fails each comparison
+        if not least <= value <= limits["most"] or value == math.inf:
             upper = f", at most {limits['most']}" if limits["most"] < math.inf else ""
             raise ValueError(f"{f.name} {value}: must be at least {least}{upper}")
 

@@ -145,10 +145,7 @@ class MoE(nn.Module):
     def move_bias(self, step):
         """Balance without a loss (arXiv 2408.15664): after each optimiser step, make an
         expert that got less than its share a little easier to choose, and the others a
-        little harder.
-
-        Return how uneven the step was, a tensor: load of the busiest over the mean."""
-        # a step of fixed size, up for those below the mean, down for those above
+        little harder. Return the load of the busiest over the mean, a tensor."""
         mean, most = self.load.mean(), self.load.max()
         self.bias += step * torch.sign(mean - self.load)
         self.load.zero_()

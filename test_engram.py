@@ -715,7 +715,7 @@ def test_reads_start_early(monkeypatch):
     for n, _ in zip(range(2, 8), generate(model, idx, 20), strict=False):
         wait_until(lambda n=n: Slow.begun >= 2 * n)       # two layers; one read ahead
         assert Slow.begun == 2 * n
-    Slow.works = False
+    monkeypatch.setattr(Slow, "works", False)
     with pytest.raises(OSError, match="does not answer"):
         model(idx)
     # at the place of use: not before, and once a read

@@ -195,7 +195,7 @@ def prepare(step, data, model, cfg):
     nothing to train: return those of the last one."""
     batch = data.batch(min(step, cfg.steps - 1), ranks.RANK, ranks.RANKS)
     x, y = map(torch.from_numpy, batch)
-    # first of all: a copy to a GPU may wait for it
+    # before the copies, which may have to wait for a GPU
     addresses = model.addresses(x)
     return (x.to(cfg.device, non_blocking=True), y.to(cfg.device, non_blocking=True),
             addresses)

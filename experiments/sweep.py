@@ -39,6 +39,7 @@ from runs import crossing, read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 LAPTOP = "--preset laptop --dtype bfloat16 --data_dir data"
+SMALL = "--preset small --dtype bfloat16 --data_dir data"
 
 
 class Arm(NamedTuple):
@@ -164,8 +165,7 @@ def sweeps():
                             "What else lowers the loss", seeds=5),
         "controls": laptop(CONTROLS, "engram", None, draw_differences,
                            "What is lost without one part of Engram"),
-        "longer": Sweep(LAPTOP.replace("laptop", "small"), LONGER, "moe", say_longer,
-                        draw_curves, steps=6000, seeds=5),
+        "longer": Sweep(SMALL, LONGER, "moe", say_longer, draw_curves, steps=6000, seeds=5),
         "memory": laptop(MEMORY, "4582", say_memory, draw_differences,
                          "What more rows bring at the same compute", along=True),
         "allocation": laptop(ALLOCATION, "1", None, draw_differences,
@@ -197,6 +197,7 @@ def settle(sweep):
 
 
 def home(settings, flags, seed):
+    """Return the folder of one run."""
     known = json.dumps([settings, flags, seed], sort_keys=True)
     return Path("runs") / hashlib.sha256(known.encode()).hexdigest()[:12]
 
@@ -342,7 +343,8 @@ def say_claims(sweep, runs):
 def say_longer(sweep, runs):
     """Say what each difference is worth, and when in-context copying formed in each run: when
     the loss on copyable tokens fell below 6."""
-    lines = say_claims(sweep, runs)
+    by_seed = ", ".join(f"{gap:+.3f}" for gap in gaps(runs, "engram", "moe"))
+    lines = [*say_claims(sweep, runs), f"Engram minus its twin, seed by seed: {by_seed}"]
     for arm, seeds in runs.items():
         when = []
         for run in seeds.values():
