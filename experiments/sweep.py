@@ -166,6 +166,8 @@ def sweeps():
         "controls": laptop(CONTROLS, "engram", None, draw_differences,
                            "What is lost without one part of Engram"),
         "longer": Sweep(SMALL, LONGER, "moe", say_longer, draw_curves, steps=6000, seeds=5),
+        "longest": Sweep(SMALL, {"moe": MOE, "engram": ENGRAM}, "moe", say_longer, draw_curves,
+                         steps=18000, evaluations=24),
         "memory": laptop(MEMORY, "4582", say_memory, draw_differences,
                          "What more rows bring at the same compute", along=True),
         "allocation": laptop(ALLOCATION, "1", None, draw_differences,
