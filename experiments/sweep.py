@@ -105,6 +105,8 @@ LONGER = {
     "two": Arm("--model moe --n_expert 2", "two experts, no choice"),
     "one row": CONTROLS["one row"],
     "engram": ENGRAM}
+# A whole pass over the text, three times as long again.
+LONGEST = {"moe": MOE, "two": LONGER["two"], "token": TWINS["token"], "engram": ENGRAM}
 MEMORY = {
     "4582": Arm(ENGRAM.flags, "4,582 rows per head (Engram)"),
     "73312": Arm("--model large", "73,312 rows per head (16 times)"),
@@ -166,8 +168,8 @@ def sweeps():
         "controls": laptop(CONTROLS, "engram", None, draw_differences,
                            "What is lost without one part of Engram"),
         "longer": Sweep(SMALL, LONGER, "moe", say_longer, draw_curves, steps=6000, seeds=5),
-        "longest": Sweep(SMALL, {"moe": MOE, "engram": ENGRAM}, "moe", say_longer, draw_curves,
-                         steps=18000, evaluations=24),
+        "longest": Sweep(SMALL, LONGEST, "moe", say_longer, draw_curves, steps=18000,
+                         evaluations=24),
         "memory": laptop(MEMORY, "4582", say_memory, draw_differences,
                          "What more rows bring at the same compute", along=True),
         "allocation": laptop(ALLOCATION, "1", None, draw_differences,
