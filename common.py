@@ -5,12 +5,14 @@ what the machine is. It imports none of our other files.
 import argparse
 import ctypes
 import json
+import math
 import os
 import platform
 import resource
 import shlex
 import subprocess
 import sys
+from dataclasses import field, fields
 from pathlib import Path
 
 
@@ -136,3 +138,24 @@ def make_parser(doc, usage):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = fail
     return parser
+
+
+def opt(default, help, choices=None, least=None, most=math.inf, group=None):
+    """Return a dataclass field that train.py turns into a flag, with its choices or limits."""
+    return field(default=default, metadata=dict(help=help, choices=choices, least=least,
+                                                most=most, group=group))
+
+
+def check_fields(config):
+    """Raise ValueError for a field of a dataclass that breaks its choices or limits."""
+    for f in fields(config):
+        value, limits = getattr(config, f.name), f.metadata
+        if limits.get("choices") and value not in limits["choices"]:
+            raise ValueError(f"{f.name} {value!r}: must be one of {limits['choices']}")
+        least = limits.get("least")
+        if least is None:
+            continue
+        # infinity is refused where there is no upper limit too; nan fails each comparison
+        if not least <= value <= limits["most"] or value == math.inf:
+            upper = f", at most {limits['most']}" if limits["most"] < math.inf else ""
+            raise ValueError(f"{f.name} {value}: must be at least {least}{upper}")

@@ -35,7 +35,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -43,26 +43,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
-def opt(default, help, choices=None, least=None, most=math.inf, group=None):
-    """Return a dataclass field that train.py turns into a flag, with its choices or limits."""
-    return field(default=default, metadata=dict(help=help, choices=choices, least=least,
-                                                most=most, group=group))
-
-
-def check_fields(config):
-    """Raise ValueError for a field of a dataclass that breaks its choices or limits."""
-    for f in fields(config):
-        value, limits = getattr(config, f.name), f.metadata
-        if limits.get("choices") and value not in limits["choices"]:
-            raise ValueError(f"{f.name} {value!r}: must be one of {limits['choices']}")
-        least = limits.get("least")
-        if least is None:
-            continue
-        # infinity is refused where there is no upper limit too; nan fails each comparison
-        if not least <= value <= limits["most"] or value == math.inf:
-            upper = f", at most {limits['most']}" if limits["most"] < math.inf else ""
-            raise ValueError(f"{f.name} {value}: must be at least {least}{upper}")
+from common import check_fields, opt
 
 
 @dataclass
@@ -347,14 +328,6 @@ class RowAdam:
             state["exp_avg"].index_copy_(0, row_ids, m)
             state["exp_avg_sq"].index_copy_(0, row_ids, v)
             state["visits"].index_copy_(0, row_ids, visits)
-
-
-def with_gradient(table, row_ids, grad):
-    """Return a Read for RowAdam.step alone: rows [U] of table, all different, and their
-    gradient [U, d], which several processes have added up (ranks.py)."""
-    leaf = table[row_ids.to(table.device)].to(grad.device).requires_grad_()
-    leaf.grad = grad
-    return Read(row_ids, leaf, inverse=None, ready=None)
 
 
 # ---- canonical ids, multipliers, primes: fixed numbers, made once ----------------------

@@ -4,7 +4,7 @@ the fields'.
 
     python train.py --help
 
-The idea: every field that engram.opt() describes becomes a flag, help text and all.
+The idea: every field that common.opt() describes becomes a flag, help text and all.
 """
 from argparse import SUPPRESS, BooleanOptionalAction
 from dataclasses import fields

@@ -20,8 +20,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import fail
-from engram import Engram, EngramConfig, ShortConv, check_fields, lookup, opt
+from common import check_fields, fail, opt
+from engram import Engram, EngramConfig, ShortConv, lookup
 from moe import MoE
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from engram import with_gradient
+from engram import Read
 
 RANK = int(os.environ.get("RANK", 0))
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
@@ -80,6 +80,14 @@ def exchange(read, table):
     grad = grads.new_zeros(len(row_ids), grads.size(1)).index_add_(0, inverse, grads)
     real = row_ids >= 0
     return with_gradient(table, row_ids[real], grad[real])
+
+
+def with_gradient(table, row_ids, grad):
+    """Return a Read for RowAdam.step alone: rows [U] of table, all different, and their
+    gradient [U, d], added up over the ranks."""
+    leaf = table[row_ids.to(table.device)].to(grad.device).requires_grad_()
+    leaf.grad = grad
+    return Read(row_ids, leaf, inverse=None, ready=None)
 
 
 def gather(tensor):

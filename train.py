@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 import ranks
 from arms import Progress, side_by_side
-from common import (fail, free_memory, keep_freed_memory, machine_name, new_figure, peak_bytes,
-                    run_script, write_whole)
-from engram import EngramConfig, RowAdam, canonical_ids, check_fields, opt
+from common import (check_fields, fail, free_memory, keep_freed_memory, machine_name,
+                    new_figure, opt, peak_bytes, run_script, write_whole)
+from engram import EngramConfig, RowAdam, canonical_ids
 from flags import build, faster_dtype, parse
 from model import GPT, GPTConfig, hash_probe, load_checkpoint, token_losses, watch
 from muon import Muon

@@ -85,6 +85,7 @@ ALLOCATION = {
     "0": engram_arm("--rho 0", "rho 0")}
 # Plain English: some 3.5 MB of TinyStories, prepared as a data set of this name.
 STORIES = {name: TWINS[name] for name in ("moe", "conv", "token", "engram", "large")}
+PASSES = {name: TWINS[name] for name in ("moe", "engram", "large")}
 # Each changes one thing of Engram; the convolution stays as it is.
 CONTROLS = {
     "engram": ENGRAM,
@@ -180,6 +181,8 @@ def sweeps():
                         steps=1000, evaluations=10, dataset="recall", table=table_of_recall),
         **books,
         "stories": laptop(STORIES, "moe", say_claims, draw_curves, dataset="stories"),
+        "passes": Sweep(SMALL, PASSES, "moe", say_passes, draw_curves, dataset="stories",
+                        steps=4200),
         "rates": laptop(RATES, "moe 0.008", evaluations=4, seeds=1, first_seed=10)}
 
 
@@ -355,6 +358,21 @@ def say_longer(sweep, runs):
             tokens = crossing(run["records"], 6, "copy_loss")
             when.append(f"{tokens / 1e6:.1f}M" if tokens else "not yet")
         lines.append(f"Copying formed after, {sweep.arms[arm].title}: {', '.join(when)}")
+    return lines
+
+
+def say_passes(sweep, runs):
+    """Say what each difference is worth, and where each arm's loss is lowest: do tables
+    overfit a text that comes again and again?"""
+    lines = say_claims(sweep, runs)
+    for arm, seeds in runs.items():
+        for kind in ("train_loss", "val_loss"):
+            curves = [[record[kind] for record in run["records"]] for run in seeds.values()]
+            parts = [f"{loss:.3f}" for loss in np.mean(curves, axis=0)]
+            lines.append(f"{sweep.arms[arm].title}, {kind}: {', '.join(parts)}")
+    run = next(iter(seeds.values()))
+    each = [record["step"] / sweep.steps * run["header"]["passes"] for record in run["records"]]
+    lines.append(f"after passes: {', '.join(f'{passes:.2f}' for passes in each)}")
     return lines
 
 
