@@ -238,32 +238,34 @@ def start(name, path, shape, cfg, data):
         check_rows(model, torch.from_numpy(data.batch(0)[0]))
     # optimisers are made of what has been moved
     backbone, row_adam = optimisers(model, cfg)
-    header = describe(name, model, cfg, data)
-    state = {"step": 0, "seconds": 0.0, "records": [], "header": header, "run": run,
-             "shape": asdict(shape), "tokenizer": data.meta["tokenizer"],
-             "canonical": model.canonical, "hash_probe": hash_probe(model)}
-    # and the state of training: new, or as it was saved
+    state = {"step": 0, "seconds": 0.0, "records": [], "run": run, "shape": asdict(shape),
+             "header": describe(name, model, cfg, data), "canonical": model.canonical,
+             "tokenizer": data.meta["tokenizer"], "hash_probe": hash_probe(model)}
     if saved:
+        restore(saved, state, backbone, row_adam)
         if ranks.RANK == 0:
-            tqdm.write(f"{name:6s} continues after step {saved['step']:,}")
-        for optimizer, old in zip(backbone, saved["backbone"], strict=True):
-            optimizer.load_state_dict(old)
-        for moments, old in zip(row_adam.state, saved["tables"], strict=True):
-            for key in moments:
-                moments[key].copy_(old[key])
-        # keep the header of the first start, and add what is new now
-        resumed = {key: header[key] for key in ("command", "commit", "torch", "device")}
-        resumed["from_step"] = saved["step"]
-        resumed["steps_before"] = saved["header"]["config"]["steps"]
-        saved["header"].setdefault("resumed", []).append(resumed)
-        saved["header"]["config"]["steps"] = cfg.steps
-        state |= {key: saved[key] for key in ("step", "seconds", "records", "header")}
-        # after a crash the log may be ahead of the checkpoint
-        if ranks.RANK == 0:
+            tqdm.write(f"{name:6s} continues after step {state['step']:,}")
+            # after a crash the log may be ahead of the checkpoint
             write_log(path.with_name("log.jsonl"), state)
     # several processes keep one copy of a table in host memory, and of its moments
     ranks.share_tables(model, row_adam)
     return model, backbone, row_adam, state
+
+
+def restore(saved, state, backbone, row_adam):
+    """Put what a checkpoint holds into the state of training and into the optimisers."""
+    for optimizer, old in zip(backbone, saved["backbone"], strict=True):
+        optimizer.load_state_dict(old)
+    for moments, old in zip(row_adam.state, saved["tables"], strict=True):
+        for key in moments:
+            moments[key].copy_(old[key])
+    # keep the header of the first start, and add what is new now
+    now, header = state["header"], saved["header"]
+    resumed = {key: now[key] for key in ("command", "commit", "torch", "device")}
+    resumed |= {"from_step": saved["step"], "steps_before": header["config"]["steps"]}
+    header.setdefault("resumed", []).append(resumed)
+    header["config"]["steps"] = now["config"]["steps"]
+    state |= {key: saved[key] for key in ("step", "seconds", "records", "header")}
 
 
 def optimisers(model, cfg):
