@@ -68,12 +68,10 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, cache=None):
         B, T, D = x.shape
-        # queries, keys and values of all heads in one matmul
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        # to [B, H, T, hd]
-        q = rotate(q.view(B, T, self.n_head, -1).transpose(1, 2), rope)
-        k = rotate(k.view(B, T, self.n_head, -1).transpose(1, 2), rope)
-        v = v.view(B, T, self.n_head, -1).transpose(1, 2)
+        # queries, keys and values of all heads in one matmul, each [B, H, T, hd]
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+        q, k = rotate(qkv[:2], rope)
+        v = qkv[2]
         if cache is not None:
             # keys and values of the whole text so far
             if "k" in cache:
@@ -91,8 +89,8 @@ def attend(q, k, v):
     T, n_keys = q.size(2), k.size(2)
     # in bf16 on a CPU SDPA takes twice as long as the lines below (T 256, LOG.md)
     slow_here = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    if T == n_keys and not slow_here:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    if T == 1 or (T == n_keys and not slow_here):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
     # -inf above the diagonal that ends at the last query and the last key
     mask = torch.full((T, n_keys), -torch.inf, dtype=q.dtype, device=q.device)
     mask = mask.triu(1 + n_keys - T)
