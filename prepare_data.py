@@ -73,10 +73,6 @@ SKIP = set("""test tests testing idlelib _vendor vendor vendored extern external
     third_party _antlr encodings pydoc_data site-packages dist-packages""".split())
 
 
-class Offline(OSError):
-    """A server does not answer. train.py may take the offline corpus instead."""
-
-
 # ---- tokenizer: our own trainer, tiktoken's encoder ------------------------------------
 
 # A merge never crosses these: contractions, words with the space before, up to 3 digits,
@@ -343,8 +339,8 @@ def download(address, path, size, sha256):
             fetch(url, part, size)
     # ValueError: an HF_ENDPOINT that is no address
     except (OSError, HTTPException, ValueError) as error:
-        raise Offline(f"{url} could not be fetched ({error}): run again to resume it, or "
-                      "use the data set python") from None
+        fail(f"{url} could not be fetched ({error}): run again to resume it, or use the "
+             "data set python, which needs no network")
     with open(part, "rb") as f:
         found = hashlib.file_digest(f, "sha256").hexdigest()
     if sha256 not in (None, found):
@@ -434,8 +430,7 @@ def load(name, data_dir="data"):
 
 def prepare(name=None, files=(), data_dir="data", max_mb=None, vocab_size=1024,
             tokenizer="bpe"):
-    """Return the folder with train.bin, val.bin and meta.json. Raise Offline where a server
-    does not answer; all else that a user can get wrong ends in one line."""
+    """Return the folder with train.bin, val.bin and meta.json."""
     if len(files) == 1 and files[0] in DEFAULT_MB:
         name, files = name or files[0], []
     paths = [os.path.abspath(file) for file in files]
@@ -491,18 +486,11 @@ def build(folder, args):
 
 def find(name, device="cpu", data_dir="data"):
     """Return the name of a data set, prepared if need be. "auto" is tinystories on an
-    accelerator, if it can be fetched, otherwise python."""
-    auto = name == "auto"
-    if auto:
+    accelerator, otherwise python."""
+    if name == "auto":
         name = "python" if device == "cpu" else "tinystories"
     if name in DEFAULT_MB and not (Path(data_dir) / name / "meta.json").exists():
-        try:
-            prepare(name, data_dir=data_dir)
-        except Offline as error:
-            if not auto:
-                raise
-            print(f"{name}: {error}; using python instead")
-            return find("python", data_dir=data_dir)
+        prepare(name, data_dir=data_dir)
     return name
 
 
