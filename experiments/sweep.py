@@ -352,6 +352,15 @@ def say_longer(sweep, runs):
     the loss on copyable tokens fell below 6."""
     by_seed = ", ".join(f"{gap:+.3f}" for gap in gaps(runs, "engram", "moe"))
     lines = [*say_claims(sweep, runs), f"Engram minus its twin, seed by seed: {by_seed}"]
+    # the mean gap along the way, at eight points
+    along = []
+    every = sweep.evaluations // 8
+    for i in range(every - 1, sweep.evaluations, every):
+        pairs = [(run["records"][i], runs["moe"][seed]["records"][i])
+                 for seed, run in runs["engram"].items() if seed in runs["moe"]]
+        gap = np.mean([engram["val_loss"] - moe["val_loss"] for engram, moe in pairs])
+        along.append(f"{gap:+.3f} after {pairs[0][0]['tokens'] / 1e6:.1f}M tokens")
+    lines.append(f"Engram minus its twin along the way: {', '.join(along)}")
     for arm, seeds in runs.items():
         when = []
         for run in seeds.values():
