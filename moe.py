@@ -100,7 +100,7 @@ class MoE(nn.Module):
         on_gpu, bf16 = x.is_cuda, x.dtype == torch.bfloat16
         if grouped is None:
             # with separate slices the host has to wait for their lengths; one kernel for all
-            # needs strides of 16 bytes
+            # needs strides of 16 bytes (it errs on some Blackwell GPUs, pytorch issue 172439)
             strides_of_16_bytes = all(n % 8 == 0 for n in self.w_out.shape[1:])
             grouped = on_gpu and bf16 and strides_of_16_bytes
         # sort the pairs; pair p belongs to token p // k

@@ -414,7 +414,8 @@ def draw_curves(axes, sweep, runs):
         axes.plot(millions, np.mean(curves, axis=0), line, color=colour, lw=2.5,
                   label=f"{sweep.arms[arm].title} (n={len(seeds)})")
     gain, more = gaps(runs, "engram", "moe"), gaps(runs, "large", "engram")
-    title = f"Memory instead of experts changes the loss by {np.mean(gain):+.2f} nats per token"
+    title = ("At the end, memory instead of experts changes the loss by "
+             f"{np.mean(gain):+.2f} nats per token")
     if more:
         title += f",\nmore memory at the same compute by another {np.mean(more):+.2f}"
     axes.set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)",
