@@ -404,9 +404,10 @@ def say_memory(sweep, runs):
 
 def draw_curves(axes, sweep, runs):
     """Draw the loss against tokens: every seed thin, the mean bold."""
-    assert len(runs) <= len(STYLES), "an arm would be left out"
-    for (arm, seeds), (colour, line) in zip(runs.items(), STYLES):
-        curves = []
+    # an arm looks the same in all pictures
+    styles = dict(zip(TWINS, STYLES)) | {"two": STYLES[1], "one row": STYLES[2]}
+    for arm, seeds in runs.items():
+        curves, (colour, line) = [], styles[arm]
         for run in seeds.values():
             curves.append([record["val_loss"] for record in run["records"]])
             millions = [record["tokens"] / 1e6 for record in run["records"]]
