@@ -444,7 +444,7 @@ def main(argv=None):
               f"{data.passes:.2f} passes over {len(data.train):,} tokens;",
               f"        validated on {data.val_y.size:,} others"]
     if data.passes > 2:
-        lines.append("        tables overfit beyond about two: watch the validation loss")
+        lines.append("        large tables overfit beyond about two: watch the validation loss")
     if ranks.RANK == 0:
         lines.append(f"run     {cfg.dtype} on {machine_name(cfg.device)}")
         print(*lines, sep="\n", flush=True)
