@@ -107,7 +107,8 @@ LONGER = {
     "one row": CONTROLS["one row"],
     "engram": ENGRAM}
 # A whole pass over the text, three times as long again.
-LONGEST = {"moe": MOE, "two": LONGER["two"], "token": TWINS["token"], "engram": ENGRAM}
+LONGEST = {"moe": MOE, "two": LONGER["two"], "token": TWINS["token"], "engram": ENGRAM,
+           "0.83": ALLOCATION["0.83"], "0": ALLOCATION["0"]}
 MEMORY = {
     "4582": Arm(ENGRAM.flags, "4,582 rows per head (Engram)"),
     "73312": Arm("--model large", "73,312 rows per head (16 times)"),
@@ -405,7 +406,8 @@ def say_memory(sweep, runs):
 def draw_curves(axes, sweep, runs):
     """Draw the loss against tokens: every seed thin, the mean bold."""
     # an arm looks the same in all pictures
-    styles = dict(zip(TWINS, STYLES)) | {"two": STYLES[1], "one row": STYLES[2]}
+    styles = dict(zip(TWINS, STYLES)) | {"two": STYLES[1], "one row": STYLES[2],
+                                         "0.83": STYLES[2], "0": STYLES[5]}
     for arm, seeds in runs.items():
         curves, (colour, line) = [], styles[arm]
         for run in seeds.values():
