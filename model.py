@@ -89,6 +89,7 @@ def attend(q, k, v):
     T, n_keys = q.size(2), k.size(2)
     # in bf16 on a CPU SDPA takes twice as long as the lines below (T 256, LOG.md)
     slow_here = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    # (a single query is the last one: it sees all keys, so there is nothing to mask)
     if T == 1 or (T == n_keys and not slow_here):
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
     # -inf above the diagonal that ends at the last query and the last key

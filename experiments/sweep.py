@@ -351,17 +351,20 @@ def say_claims(sweep, runs):
 def say_longer(sweep, runs):
     """Say what each difference is worth, and when in-context copying formed in each run: when
     the loss on copyable tokens fell below 6."""
-    by_seed = ", ".join(f"{gap:+.3f}" for gap in gaps(runs, "engram", "moe"))
-    lines = [*say_claims(sweep, runs), f"Engram minus its twin, seed by seed: {by_seed}"]
-    # the mean gap along the way, at eight points
-    along = []
-    every = sweep.evaluations // 8
-    for i in range(every - 1, sweep.evaluations, every):
-        pairs = [(run["records"][i], runs["moe"][seed]["records"][i])
-                 for seed, run in runs["engram"].items() if seed in runs["moe"]]
-        gap = np.mean([engram["val_loss"] - moe["val_loss"] for engram, moe in pairs])
-        along.append(f"{gap:+.3f} after {pairs[0][0]['tokens'] / 1e6:.1f}M tokens")
-    lines.append(f"Engram minus its twin along the way: {', '.join(along)}")
+    lines, curves = say_claims(sweep, runs), []
+    for seed, run in runs.get("engram", {}).items():
+        if seed in runs["moe"]:
+            twin = runs["moe"][seed]["records"]
+            curves.append([ours["val_loss"] - theirs["val_loss"]
+                           for ours, theirs in zip(run["records"], twin)])
+    if curves:
+        # seed by seed at the end, and the mean at eight points along the way
+        by_seed = ", ".join(f"{curve[-1]:+.3f}" for curve in curves)
+        every, along = max(1, len(twin) // 8), []
+        for record, gap in list(zip(twin, np.mean(curves, axis=0)))[every - 1::every]:
+            along.append(f"{gap:+.3f} after {record['tokens'] / 1e6:.1f}M tokens")
+        lines += [f"Engram minus its twin, seed by seed: {by_seed}",
+                  f"Engram minus its twin along the way: {', '.join(along)}"]
     for arm, seeds in runs.items():
         when = []
         for run in seeds.values():
@@ -372,18 +375,19 @@ def say_longer(sweep, runs):
 
 
 def say_passes(sweep, runs):
-    """Say what each difference is worth, and where each arm's loss is lowest: do tables
-    overfit a text that comes again and again?"""
+    """Say what each difference is worth, and how the losses of training and validation go
+    on: do tables overfit a text that comes again and again?"""
     lines = say_claims(sweep, runs)
     for arm, seeds in runs.items():
         for kind in ("train_loss", "val_loss"):
-            curves = [[record[kind] for record in run["records"]] for run in seeds.values()]
+            curves = []
+            for run in seeds.values():
+                curves.append([record[kind] for record in run["records"]])
             parts = [f"{loss:.3f}" for loss in np.mean(curves, axis=0)]
             lines.append(f"{sweep.arms[arm].title}, {kind}: {', '.join(parts)}")
-    run = next(iter(seeds.values()))
-    each = [record["step"] / sweep.steps * run["header"]["passes"] for record in run["records"]]
-    lines.append(f"after passes: {', '.join(f'{passes:.2f}' for passes in each)}")
-    return lines
+    passes = run["header"]["passes"]
+    each = [f"{record['step'] / sweep.steps * passes:.2f}" for record in run["records"]]
+    return [*lines, f"after passes: {', '.join(each)}"]
 
 
 def say_memory(sweep, runs):
