@@ -107,8 +107,7 @@ LONGER = {
     "one row": CONTROLS["one row"],
     "engram": ENGRAM}
 # A whole pass over the text, three times as long again.
-LONGEST = {"moe": MOE, "two": LONGER["two"], "token": TWINS["token"], "engram": ENGRAM,
-           "0.83": ALLOCATION["0.83"], "0": ALLOCATION["0"]}
+LONGEST = {"moe": MOE, "two": LONGER["two"], "token": TWINS["token"], "engram": ENGRAM}
 MEMORY = {
     "4582": Arm(ENGRAM.flags, "4,582 rows per head (Engram)"),
     "73312": Arm("--model large", "73,312 rows per head (16 times)"),
@@ -177,6 +176,9 @@ def sweeps():
         "allocation": laptop(ALLOCATION, "1", None, draw_differences,
                              "Which share of the sparse parameters should experts keep?",
                              along=True, seeds=5),
+        "shares": Sweep(SMALL, ALLOCATION, "1", None, draw_differences,
+                        "Which share should experts keep in a run of a whole pass?",
+                        along=True, steps=18000, evaluations=24),
         "recall": Sweep(RECALL, DEPTHS, "1 nothing added", None, draw_recall,
                         "How many blocks does it take to find what belongs to a name?",
                         steps=1000, evaluations=10, dataset="recall", table=table_of_recall),
@@ -410,8 +412,7 @@ def say_memory(sweep, runs):
 def draw_curves(axes, sweep, runs):
     """Draw the loss against tokens: every seed thin, the mean bold."""
     # an arm looks the same in all pictures
-    styles = dict(zip(TWINS, STYLES)) | {"two": STYLES[1], "one row": STYLES[2],
-                                         "0.83": STYLES[2], "0": STYLES[5]}
+    styles = dict(zip(TWINS, STYLES)) | {"two": STYLES[1], "one row": STYLES[2]}
     for arm, seeds in runs.items():
         curves, (colour, line) = [], styles[arm]
         for run in seeds.values():
