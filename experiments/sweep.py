@@ -107,7 +107,8 @@ LONGER = {
     "one row": CONTROLS["one row"],
     "engram": ENGRAM}
 # A whole pass over the text, three times as long again.
-LONGEST = {"moe": MOE, "two": LONGER["two"], "token": TWINS["token"], "engram": ENGRAM}
+LONGEST = {"moe": MOE, "two": LONGER["two"], "token": TWINS["token"], "engram": ENGRAM,
+           "large": TWINS["large"]}
 MEMORY = {
     "4582": Arm(ENGRAM.flags, "4,582 rows per head (Engram)"),
     "73312": Arm("--model large", "73,312 rows per head (16 times)"),
