@@ -17,6 +17,7 @@ from tempfile import NamedTemporaryFile
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from engram import Read
 
@@ -60,9 +61,11 @@ def meet(loss, model, moes, reads, tables):
     Return reads of the rows that any rank has read."""
     if RANKS == 1:
         return reads
-    for tensor in (loss, *(p.grad for p in model.parameters()), *(moe.load for moe in moes)):
-        dist.all_reduce(tensor)
-        tensor /= RANKS
+    # in one message: a message for each tensor took three times as long
+    tensors = [loss, *(p.grad for p in model.parameters()), *(moe.load for moe in moes)]
+    message = parameters_to_vector(tensors)
+    dist.all_reduce(message)
+    vector_to_parameters(message / RANKS, tensors)
     return [exchange(read, table) for read, table in zip(reads, tables, strict=True)]
 
 
