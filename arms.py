@@ -9,11 +9,12 @@ import multiprocessing
 import os
 import queue
 import signal
+from contextlib import suppress
 
 import torch
 from tqdm import tqdm
 
-from common import fail, keep_freed_memory
+from common import fail, keep_freed_memory, run_script
 from ranks import RANK
 
 TWIN = "moe"
@@ -76,10 +77,8 @@ def side_by_side(jobs, tell):
         running = True
         while running or not told.empty():
             running = any(process.is_alive() for process in children.values())
-            try:
+            with suppress(queue.Empty):
                 tell(*told.get(timeout=0.2))
-            except queue.Empty:
-                pass
             for name, process in children.items():
                 code = process.exitcode or 0
                 if code > 0:
@@ -106,7 +105,4 @@ def child(job, told, threads):
 
     torch.set_num_threads(threads)
     keep_freed_memory()
-    try:
-        job(tell)
-    except OSError as error:
-        fail(error)
+    run_script(lambda: job(tell))

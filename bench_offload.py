@@ -113,9 +113,8 @@ class Bench:
             return [torch.randint(self.cfg.vocab_size, shape) for shape in shapes]
         found = []
         for B, T in shapes:
-            starts = torch.randint(len(self.text) - T, (B,)).tolist()
-            rows = np.stack([self.text[start:start + T] for start in starts])
-            found.append(torch.from_numpy(rows.astype(np.int64)))
+            starts = torch.randint(len(self.text) - T, (B, 1))
+            found.append(self.text[starts + torch.arange(T)])
         return found
 
     def ms(self, work, *args):
@@ -270,15 +269,15 @@ def speeds(bench, shapes):
 def time_line(bench, idx):
     """Read one prompt with a prefetch. Return [(who, what, begin, end)] in ms: the parts of
     the read, and the blocks beside which they run."""
-    spans = []
+    bench.use(PREFETCHED)
+    spans, start = [], bench.now()
 
     def timed(who, what, call, *args):
-        began = bench.now()
+        began = bench.now() - start
         result = call(*args)
-        spans.append((who, what, began, bench.now()))
+        spans.append((who, what, began, bench.now() - start))
         return result
 
-    bench.use(PREFETCHED)
     engram, fetch, blocks = bench.engram, bench.engram.fetch, bench.model.blocks
     row_ids = timed("main thread", "hash", engram.hash, idx)
     unique = partial(row_ids.unique, return_inverse=True)
@@ -292,8 +291,7 @@ def time_line(bench, idx):
     del fetch.gather
     for block in blocks:
         del block.forward
-    start = spans[0][2]
-    return [(who, what, begin - start, end - start) for who, what, begin, end in spans]
+    return spans
 
 
 # ---- what is compared and printed ------------------------------------------------------
@@ -371,7 +369,8 @@ def parts(bench, prompt, n):
 
 def latency(bench, n):
     """Print the time between two tokens of decoding, n rounds of NEW tokens for each batch."""
-    lines = []
+    lines = [f"decoding, ms between two tokens (n={n * NEW}): median, 99th percentile, over a "
+             f"{describe_link(bench.gbps)}"]
     for B in (1, 8, 64):
         times = {arm: [] for arm in bench.arms}
         for i in range(n + 1):
@@ -384,8 +383,6 @@ def latency(bench, n):
         for arm, ms in times.items():
             middle, late = np.percentile(ms, (50, 99))
             lines.append(f"  batch {B:3d}  {arm:14s}{middle:10.2f}{late:10.2f}")
-    lines = [f"decoding, ms between two tokens (n={n * NEW}): median, 99th percentile, over a "
-             f"{describe_link(bench.gbps)}", *lines]
     print("", *lines, sep="\n", flush=True)
     return {"n": n * NEW, "lines": lines}
 
@@ -447,7 +444,7 @@ def measure(args, setup):
     sizes = setup["full" if args.full else "rows"]
     prompt, few, gbps = [setup["prompt"]], max(6, args.rounds // 5), args.link_gbps
     if gbps is None:
-        # over this link 2/3 of the compute before the memory hide the transfer of a prompt
+        # over this link the transfer of a prompt takes 2/3 of the compute before the memory
         p = predict(Bench(setup, args.device, sizes[-1], 0), few, prompt)
         gbps = float(f"{1.5 * p['bytes'] / p['before_ms'] / 1e6:.2g}")
     result, size = {"backbone": setup["shape"], "prompts": []}, "{} x {}".format(*prompt[0])
@@ -459,7 +456,7 @@ def measure(args, setup):
     result["parts"] = parts(bench, *prompt, few)
     # (a tokenizer of another size would not fit)
     if check(Path("data/python")).get("vocab_size", float("inf")) <= bench.cfg.vocab_size:
-        bench.text = load("python")[1]
+        bench.text = torch.from_numpy(load("python")[1].astype(np.int64))
         result["text"] = compare(bench, f"prompts, {size} tokens of text", prompts,
                                  args.rounds, prompt)
         bench.text = None
@@ -512,9 +509,8 @@ def read_flags(argv):
 def main(argv=None):
     args, began = read_flags(argv), time.time()
     folder = Path(args.out)
-    setup = GPU
+    setup = CPU if args.device == "cpu" else GPU
     if args.device == "cpu":
-        setup = CPU
         keep_freed_memory()
         # a core for the worker
         torch.set_num_threads(max(1, torch.get_num_threads() - 1))

@@ -5,7 +5,6 @@ what the machine is. It imports none of our other files.
 import argparse
 import ctypes
 import json
-import math
 import os
 import platform
 import resource
@@ -18,12 +17,11 @@ from pathlib import Path
 
 def fail(message):
     """Print one line on stderr and exit with code 2. Every mistake of a user ends so."""
-    if os.environ.get("RANK", "0") != "0":
-        # of several processes the first says it
-        raise SystemExit(2)
-    # on a terminal a progress bar may stand in the current line
-    start = "\n" if sys.stderr.isatty() else ""
-    print(f"{start}error: {message}", file=sys.stderr)
+    # of several processes the first says it
+    if os.environ.get("RANK", "0") == "0":
+        # on a terminal a progress bar may stand in the current line
+        start = "\n" if sys.stderr.isatty() else ""
+        print(f"{start}error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -124,12 +122,12 @@ def keep_freed_memory():
         libc.mallopt(-1, 2 ** 31 - 1)
 
 
-def new_figure(**size):
+def new_figure(layout="constrained", **size):
     """Return a matplotlib Figure. It is drawn into a file, so no backend is needed; the
     one that a notebook leaves in the environment must not be looked for."""
     os.environ.pop("MPLBACKEND", None)
     from matplotlib.figure import Figure
-    return Figure(layout="constrained", **size)
+    return Figure(layout=layout, **size)
 
 
 def make_parser(doc, usage):
@@ -140,7 +138,7 @@ def make_parser(doc, usage):
     return parser
 
 
-def opt(default, help, choices=None, least=None, most=math.inf, group=None):
+def opt(default, help, choices=None, least=None, most=sys.float_info.max, group=None):
     """Return a dataclass field that train.py turns into a flag, with its choices or limits."""
     return field(default=default, metadata=dict(help=help, choices=choices, least=least,
                                                 most=most, group=group))
@@ -152,10 +150,8 @@ def check_fields(config):
         value, limits = getattr(config, f.name), f.metadata
         if limits.get("choices") and value not in limits["choices"]:
             raise ValueError(f"{f.name} {value!r}: must be one of {limits['choices']}")
-        least = limits.get("least")
-        if least is None:
-            continue
-        # infinity is refused where there is no upper limit too; nan fails each comparison
-        if not least <= value <= limits["most"] or value == math.inf:
-            upper = f", at most {limits['most']}" if limits["most"] < math.inf else ""
+        least, most = limits.get("least"), limits.get("most")
+        # infinity is above the largest float, and nan fails each comparison
+        if least is not None and not least <= value <= most:
+            upper = f", at most {most}" if most < sys.float_info.max else ""
             raise ValueError(f"{f.name} {value}: must be at least {least}{upper}")

@@ -30,7 +30,7 @@ def corpus(tmp_path_factory):
     numbers = np.random.default_rng(0).zipf(1.4, 30000).clip(max=500)
     words = [f"w{n}.\n" if n % 7 == 0 else f"w{n} " for n in numbers]
     (folder / "mine.txt").write_text("".join(words))
-    prepare_data.prepare("mine", [folder / "mine.txt"], data_dir=folder, vocab_size=400)
+    prepare_data.main([str(folder / "mine.txt"), f"--data_dir={folder}", "--vocab_size=400"])
     return ["--dataset", "mine", "--data_dir", str(folder)]
 
 

@@ -69,9 +69,7 @@ class EngramConfig:
     def __post_init__(self):
         self.blocks, self.orders = tuple(self.blocks), tuple(self.orders)
         # one number of rows is meant for every order
-        if isinstance(self.rows, int):
-            self.rows = (self.rows,)
-        self.rows = tuple(self.rows)
+        self.rows = tuple(np.atleast_1d(self.rows).tolist())
         if len(self.rows) == 1:
             self.rows = self.rows * len(self.orders)
         for name, values, least in (("blocks", self.blocks, 0), ("orders", self.orders, 1)):
@@ -112,11 +110,6 @@ class Read(NamedTuple):
     # waits until leaf is filled, see offload.py; None where it is filled already
     ready: Callable | None
 
-    def part(self, sequences):
-        """Return the read of a micro-batch, a slice of B. The leaf stays whole: in it the
-        gradients of all micro-batches add up."""
-        return self._replace(inverse=self.inverse[sequences])
-
 
 class Engram(nn.Module):
 
@@ -133,14 +126,13 @@ class Engram(nn.Module):
         # after the other.
         primes = np.array(head_primes(cfg)[block])                        # [orders, K]
         ends = np.cumsum(primes).reshape(primes.shape)
-        R = int(ends[-1, -1])
         # no buffers: these stay on the host, where the hash is computed
         self.multipliers = torch.from_numpy(hash_multipliers(cfg, block, n_canonical))  # [N]
         self.primes = torch.from_numpy(primes)
         self.offsets = torch.from_numpy(ends - primes)        # where each head begins
         # The table is a buffer, not a parameter, so autograd never allocates a gradient
         # for all R rows. RowAdam trains it.
-        self.register_buffer("table", torch.empty(R, cfg.width, device=table_device))
+        self.register_buffer("table", torch.empty(ends[-1, -1], cfg.width, device=table_device))
         # an offload.Fetch if the table is not on the model's device
         self.fetch = None
         self.value = nn.Linear(cfg.d_mem, n_embd, bias=cfg.bias)
@@ -230,8 +222,7 @@ class Engram(nn.Module):
     def address(self, x, history=None):
         """Return the Address of the tokens x: their row numbers, each once."""
         all_rows = self.hash(x, history)                                  # [B, T, M]
-        row_ids, inverse = all_rows.unique(return_inverse=True)           # [U], [B, T, M]
-        return Address(row_ids, inverse)
+        return Address(*all_rows.unique(return_inverse=True))
 
     def read(self, address):
         """Gather each row of an Address once into one small tensor, the leaf. Autograd
@@ -263,19 +254,19 @@ class ShortConv(nn.Module):
         self.taps = nn.Parameter(torch.zeros(kernel, n_embd))
 
     def forward(self, x, cache=None):
-        """cache: a dict that carries the last (kernel - 1) * dilation inputs to the next
-        chunk of a text."""
+        """cache: a dict that carries the last (kernel - 1) * dilation inputs of each such
+        layer to the next chunk of a text."""
         T, kernel = x.size(1), len(self.taps)
         reach = (kernel - 1) * self.dilation
         x = self.norm(x)
         # put what came before in front of x: zeros where the text begins
-        if cache is not None and "tail" in cache:
-            x = torch.cat([cache["tail"].to(x), x], dim=1)
+        if cache is not None and self in cache:
+            x = torch.cat([cache[self].to(x), x], dim=1)
         else:
             x = F.pad(x, (0, 0, reach, 0))
         if cache is not None:
             # (x[:, -reach:] would be all of x if reach is 0)
-            cache["tail"] = x[:, x.size(1) - reach:]
+            cache[self] = x[:, x.size(1) - reach:]
         # the last tap sees the token itself, the one before it sees `dilation` back, ...
         shifted = [x[:, j * self.dilation:j * self.dilation + T] for j in range(kernel)]
         return F.silu(sum(tap * past for tap, past in zip(self.taps, shifted, strict=True)))
@@ -299,11 +290,9 @@ class RowAdam:
     where a row is first read late, as most are, its first step would be (1 - beta1) /
     sqrt(1 - beta2) = 0.45 of the rate. Here each row counts its own visits."""
 
-    def __init__(self, tables, betas=(0.9, 0.95), eps=1e-15):
-        """tables: list of [R, d] tensors, changed in place, so move the model first. eps is
-        tiny because a row's gradient can be."""
-        self.tables, self.betas, self.eps = tables, betas, eps
-        self.state = []
+    def __init__(self, tables):
+        """tables: list of [R, d] tensors, changed in place, so move the model first."""
+        self.tables, self.state = tables, []
         for table in tables:
             self.state.append({"exp_avg": torch.zeros_like(table),
                                "exp_avg_sq": torch.zeros_like(table),
@@ -313,7 +302,8 @@ class RowAdam:
     def step(self, reads, lr):
         """Update each table from its Read: leaf holds the rows' values, leaf.grad their
         gradient."""
-        beta1, beta2 = self.betas
+        # eps is tiny, because a row's gradient can be
+        beta1, beta2, eps = 0.9, 0.95, 1e-15
         for table, state, read in zip(self.tables, self.state, reads, strict=True):
             # the table may be in host memory, and the leaf on a GPU
             row_ids = read.row_ids.to(table.device)
@@ -322,7 +312,7 @@ class RowAdam:
             visits = state["visits"].index_select(0, row_ids) + 1         # [U, 1]
             m = state["exp_avg"].index_select(0, row_ids).lerp_(grad, 1 - beta1)
             v = state["exp_avg_sq"].index_select(0, row_ids).lerp_(grad.square(), 1 - beta2)
-            denom = (v / (1 - beta2 ** visits)).sqrt_().add_(self.eps)
+            denom = (v / (1 - beta2 ** visits)).sqrt_().add_(eps)
             values = values - lr * (m / (1 - beta1 ** visits)) / denom
             table.index_copy_(0, row_ids, values)
             state["exp_avg"].index_copy_(0, row_ids, m)
@@ -385,10 +375,9 @@ def head_primes(cfg):
     for block in cfg.blocks:
         primes[block] = []
         for rows in cfg.rows:
-            if rows == 1:           # a control: one row per head, whatever the n-gram
-                primes[block].append([1] * cfg.heads)
-                continue
             found, candidate = [], rows
+            if rows == 1:           # a control: one row per head, whatever the n-gram
+                found = [1] * cfg.heads
             while len(found) < cfg.heads:
                 if candidate not in taken and is_prime(candidate):
                     found.append(candidate)

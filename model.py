@@ -11,7 +11,7 @@ Letters: B batch, T time, D width (n_embd), L blocks, V vocabulary, H heads, hd 
 head; those of the memory stand in engram.py, those of the experts in moe.py.
 """
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -29,7 +29,8 @@ from moe import MoE
 class GPTConfig:
     vocab_size: int = 4096
     block_size: int = opt(256, "context length, in tokens", least=1)
-    n_layer: int = opt(4, "blocks", least=1)
+    # (a thousand blocks take seconds to build, a million would take hours)
+    n_layer: int = opt(4, "blocks", least=1, most=1000)
     n_head: int = opt(4, "attention heads", least=1)
     n_embd: int = opt(128, "model width", least=1)
     n_expert: int = opt(8, "routed experts of the MoE-only model (Engram drops some of them); "
@@ -93,8 +94,7 @@ def attend(q, k, v):
     if T == 1 or (T == n_keys and not slow_here):
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
     # -inf above the diagonal that ends at the last query and the last key
-    mask = torch.full((T, n_keys), -torch.inf, dtype=q.dtype, device=q.device)
-    mask = mask.triu(1 + n_keys - T)
+    mask = q.new_full((T, n_keys), -torch.inf).triu(1 + n_keys - T)
     scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1) + mask
     # softmax sums in fp32 and rounds after
     return scores.softmax(-1) @ v
@@ -138,8 +138,9 @@ class Cache:
 class GPT(nn.Module):
 
     def __init__(self, cfg, canonical):
-        """canonical: the canonical id of each token, [V]. N-grams that begin before the
-        text are filled up with the last token of the vocabulary, end of text."""
+        """canonical: the canonical id of each token, [V]. The last token of the vocabulary is
+        the end of text; it also stands for the missing tokens of n-grams that begin before
+        the text."""
         super().__init__()
         self.cfg = cfg
         canonical = np.asarray(canonical)
@@ -238,9 +239,7 @@ class GPT(nn.Module):
         embed = self.embed_in if self.cfg.untied else self.embed
         x = embed(idx)
         for i, block in enumerate(self.blocks):
-            read = None
-            if block.engram is not None:
-                read = next(reads, None)
+            read = next(reads, None) if block.engram is not None else None
             block_cache = cache.blocks[i] if cache is not None else None
             if i == self.cfg.conv_in:                         # a control, no memory
                 x = x + self.conv(x, block_cache)
@@ -280,16 +279,13 @@ def accounting(model):
     # of all parameters, which does one token use?
     total = sum(count.values()) - count["embedding"]
     values_read = sum(engram.cfg.d_mem for engram in model.engrams())
-    idle = 0
-    if cfg.n_expert:
-        idle = round(count["routed experts"] * (1 - cfg.top_k / cfg.n_expert))
-    if cfg.untied:
-        idle += (cfg.vocab_size - 1) * cfg.n_embd
-    active = total - idle - count["engram tables"] + values_read
-    # a weight that is multiplied costs 2 FLOPs; norms and table rows are not multiplied
-    weights = active - values_read - count["norms"] + count["embedding"]
-    if cfg.untied:
-        weights -= cfg.n_embd
+    idle = round(count["routed experts"] * (1 - cfg.top_k / max(1, cfg.n_expert)))
+    # an input embedding of its own is read like a table, one row per token
+    row = cfg.n_embd if cfg.untied else 0
+    stored = count["engram tables"] + count["input embedding"]
+    active = total - idle - stored + values_read + row
+    # a weight that is multiplied costs 2 FLOPs; norms and rows are not multiplied
+    weights = active - values_read - row - count["norms"] + count["embedding"]
     attention = 2 * 2 * cfg.n_layer * cfg.block_size * cfg.n_embd
     return {"parameters": sum(count.values()), "P_tot": total, "P_act": active,
             "P_sparse": total - active, "table_parameters": count["engram tables"],
@@ -366,14 +362,10 @@ def watch(model):
             layer["gate"].append(engram.gate(h, lookup(read)).detach().float().squeeze(-1))
 
     seen = [{"gate": [], "added": []} for _ in model.engrams()]
-    hooks = []
-    for engram, layer in zip(model.engrams(), seen, strict=True):
-        hooks.append(engram.register_forward_hook(partial(record, layer)))
-    try:
+    with ExitStack() as hooks:
+        for engram, layer in zip(model.engrams(), seen, strict=True):
+            hooks.enter_context(engram.register_forward_hook(partial(record, layer)))
         yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def load_checkpoint(path, map_file=False):

@@ -104,10 +104,9 @@ class MoE(nn.Module):
             strides_of_16_bytes = all(n % 8 == 0 for n in self.w_out.shape[1:])
             grouped = on_gpu and bf16 and strides_of_16_bytes
         # sort the pairs; pair p belongs to token p // k
-        n_pairs = chosen.numel()
         expert, pair = chosen.flatten().sort(stable=True)              # [S * k] both
-        position = torch.arange(n_pairs, device=x.device)
-        size, total = counts, n_pairs
+        size, total = counts, chosen.numel()
+        position = torch.arange(total, device=x.device)
         if bf16 and not on_gpu:
             # oneDNN compiles a kernel for every new shape, and the slices have new
             # lengths in each step. Rounded up to 64 rows there are few shapes: a step

@@ -31,9 +31,8 @@ Time runs to the right; the forward pass of a step with the memory in block 1:
 On a CPU there are neither queues nor copies: the worker gathers straight into leaf, and
 ready() waits for the worker. The table itself is not pinned: the GPU never touches it.
 """
-import functools
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -63,12 +62,12 @@ class Fetch:
         free = torch.cuda.current_stream(device).record_event() if leaf.is_cuda else None
         # Engram.read() makes leaf require a gradient, and then it cannot be written to; the
         # worker writes to the same memory by a detached tensor
-        job = (table, row_ids, leaf.detach(), free)
+        gather = partial(self.gather, table, row_ids, leaf.detach(), free)
         if self.worker is not None:
-            wait_for_gather = self.worker.submit(self.gather, *job).result
+            wait_for_gather = self.worker.submit(gather).result
         else:
             # each micro-batch calls ready(), but only the first call is to gather
-            wait_for_gather = functools.cache(partial(self.gather, *job))
+            wait_for_gather = cache(gather)
         return leaf, partial(self.finish, wait_for_gather, leaf)
 
     def gather(self, table, row_ids, leaf, free):

@@ -393,8 +393,7 @@ def write_bins(pairs, enc, folder):
     pairs = (pair for pair in pairs if pair[1])
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
         while batch := list(islice(pairs, 64)):
-            texts = [text for _, text in batch]
-            coded = enc.encode_ordinary_batch(texts)
+            coded = enc.encode_ordinary_batch([text for _, text in batch])
             for (split, text), ids in zip(batch, coded):
                 raw = np.array([*ids, enc.eot_token], dtype="<u2").tobytes()
                 (train, val)[split].write(raw)
@@ -428,40 +427,6 @@ def load(name, data_dir="data"):
     return meta, *(np.memmap(path, dtype="<u2", mode="r") for path in paths)
 
 
-def prepare(name=None, files=(), data_dir="data", max_mb=None, vocab_size=1024,
-            tokenizer="bpe"):
-    """Return the folder with train.bin, val.bin and meta.json."""
-    if len(files) == 1 and files[0] in DEFAULT_MB:
-        name, files = name or files[0], []
-    paths = [os.path.abspath(file) for file in files]
-    for path in paths:
-        if not os.path.isfile(path):
-            kind = "a folder" if os.path.isdir(path) else "no file"
-            fail(f"{path} is {kind}: name text files, or one of {', '.join(DEFAULT_MB)}")
-        for magic, kind in MAGIC.items():
-            if open(path, "rb").read(8).startswith(magic):
-                fail(f"{path} is {kind}: unpack or convert it to UTF-8 text")
-    if files and not name:
-        name = re.sub(r"\W+", "_", Path(files[0]).stem)
-    if bool(files) == (name in DEFAULT_MB):
-        fail(f"--name {name}: text files need another name, and it needs text files")
-    if not 257 <= vocab_size <= 65535:
-        fail(f"--vocab_size {vocab_size}: must be 257 (bytes, end of text) to 65535")
-    if max_mb is None:
-        max_mb = DEFAULT_MB.get(name, 0)
-    if not max_mb >= 0 or max_mb and name not in ("python", "tinystories"):
-        fail(f"--max_mb {max_mb:g}: must be 0 (all) or more, for python and tinystories")
-    args = {"name": name, "files": paths, "max_mb": max_mb, "vocab_size": vocab_size,
-            "tokenizer": tokenizer}
-    folder = Path(data_dir) / name
-    old = check(folder).get("args", {}).get("files", paths)
-    if old != paths:
-        fail(f"{folder} was made from {', '.join(old)}: delete it, or give a --name")
-    train, val = build(folder, args)
-    print(f"{folder}: {train['tokens']:,} tokens, and {val['tokens']:,} for validation")
-    return folder
-
-
 def build(folder, args):
     """Write the three files, then move them to folder, meta.json last."""
     downloads = folder.parent / "downloads"
@@ -479,7 +444,7 @@ def build(folder, args):
         (folder / "meta.json").unlink(missing_ok=True)
         for file in ("train.bin", "val.bin", "meta.json"):
             (new / file).replace(folder / file)
-    return train, val
+    print(f"{folder}: {train['tokens']:,} tokens, and {val['tokens']:,} for validation")
 
 
 # ---- what train.py sees ----------------------------------------------------------------
@@ -490,7 +455,7 @@ def find(name, device="cpu", data_dir="data"):
     if name == "auto":
         name = "python" if device == "cpu" else "tinystories"
     if name in DEFAULT_MB and not (Path(data_dir) / name / "meta.json").exists():
-        prepare(name, data_dir=data_dir)
+        main([name, "--data_dir", str(data_dir)])
     return name
 
 
@@ -599,7 +564,36 @@ def main(argv=None):
     add("--vocab_size", type=int, default=1024, help="tokens of the BPE (default: 1024)")
     add("--tokenizer", default="bpe", choices=("bpe", "gpt2"),
         help="bpe, trained on this text, or gpt2 (default: bpe)")
-    prepare(**vars(parser.parse_args(argv)))
+    flags = parser.parse_args(argv)
+    name, files, max_mb = flags.name, flags.files, flags.max_mb
+    if len(files) == 1 and files[0] in DEFAULT_MB:
+        name, files = name or files[0], []
+    paths = [os.path.abspath(file) for file in files]
+    for path in paths:
+        if not os.path.isfile(path):
+            kind = "a folder" if os.path.isdir(path) else "no file"
+            fail(f"{path} is {kind}: name text files, or one of {', '.join(DEFAULT_MB)}")
+        for magic, kind in MAGIC.items():
+            if open(path, "rb").read(8).startswith(magic):
+                fail(f"{path} is {kind}: unpack or convert it to UTF-8 text")
+    if files and not name:
+        name = re.sub(r"\W+", "_", Path(files[0]).stem)
+    # python, tinystories and openwebtext take no files, and every other name needs some
+    if bool(files) == (name in DEFAULT_MB):
+        fail(f"--name {name}: text files need another name, and it needs text files")
+    if not 257 <= flags.vocab_size <= 65535:
+        fail(f"--vocab_size {flags.vocab_size}: must be 257 (bytes, end of text) to 65535")
+    if max_mb is None:
+        max_mb = DEFAULT_MB.get(name, 0)
+    if not max_mb >= 0 or max_mb and name not in ("python", "tinystories"):
+        fail(f"--max_mb {max_mb:g}: must be 0 (all) or more, for python and tinystories")
+    args = {"name": name, "files": paths, "max_mb": max_mb,
+            "vocab_size": flags.vocab_size, "tokenizer": flags.tokenizer}
+    folder = Path(flags.data_dir) / name
+    old = check(folder).get("args", {}).get("files", paths)
+    if old != paths:
+        fail(f"{folder} was made from {', '.join(old)}: delete it, or give a --name")
+    build(folder, args)
 
 
 if __name__ == "__main__":

@@ -27,15 +27,14 @@ RANKS = int(os.environ.get("WORLD_SIZE", 1))
 
 def begin(device):
     """Join the other ranks. Return the device of this one."""
-    if RANKS == 1:
-        return device
-    cuda = device.startswith("cuda")
-    dist.init_process_group("nccl" if cuda else "gloo")
-    if not cuda:
-        return device
-    # what nccl sends goes by way of the current device
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    return f"cuda:{os.environ['LOCAL_RANK']}"
+    if RANKS > 1:
+        cuda = device.startswith("cuda")
+        dist.init_process_group("nccl" if cuda else "gloo")
+        if cuda:
+            # what nccl sends goes by way of the current device
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+    return device
 
 
 def in_turn(call):

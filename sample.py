@@ -152,10 +152,10 @@ def write_fact(model, trigger, answer):
 
 
 def teach(model, trigger, answer, x):
-    """Write a fact. Return the probability of the answer before and after, and what became
-    of tokens x [n, T] of a text that was held out: four arrays of bools. Does a token read
-    one of the rows? Does it, or one before it in its context? Have its logits changed? Has
-    the token that is likeliest to follow?"""
+    """Write a fact. Return the probability of the answer before and after, and of tokens x
+    [n, T] of a text that was held out four arrays of bools: reads: the token reads one of
+    the rows; reached: it does, or one before it in its context; changed: its logits differ
+    from before; other: its likeliest next token does."""
     @torch.no_grad()
     def look():
         logp = model(torch.tensor([trigger + answer[:-1]]))[0][0].log_softmax(-1)
@@ -227,8 +227,7 @@ def shaded(tokens, colour):
 def draw(tokens, title, path, columns=96, size=9):
     """Draw the shaded text into a file, each character in a cell of a grid."""
     from matplotlib.patches import Rectangle
-    figure = new_figure()
-    figure.set_layout_engine("none")
+    figure = new_figure(layout="none")
     axes = figure.add_axes([0, 0, 1, 1])
     axes.axis("off")
     # the units of the axes are columns and rows

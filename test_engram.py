@@ -246,9 +246,7 @@ def test_row_adam_is_adam_on_the_visits_of_each_row():
 def test_muon_is_torch_muon_on_each_matrix():
     """Matrices that only share a parameter made orthogonal as one; a shape mixed up."""
     def apart(name, x):
-        parts = 1
-        for word, n in (("qkv", 3), ("w_in", 2)):
-            parts = n if word in name else parts
+        parts = next((n for word, n in (("qkv", 3), ("w_in", 2)) if word in name), 1)
         experts = x.view(-1, *x.shape[-2:])              # one, if it is no expert's
         return [matrix for w in experts for matrix in w.chunk(parts, x.ndim - 2)]
 
@@ -361,7 +359,7 @@ def test_moe_bias_moves_against_the_load():
 def test_cached_decoding_is_the_full_forward(chunks, control):
     """The hash, the convolution, rotary positions or the mask forgetting the past."""
     model = tiny_gpt(engram=tiny_engram(orders=(2, 4), stop_at_eot=control),
-                     conv_in=2 * control - 1, untied=control)
+                     conv_in=control - 1, untied=control)
     idx = torch.randint(0, VOCAB, (2, 20))
     idx[0, 6] = VOCAB - 1
     cache = Cache(model.cfg)

@@ -126,8 +126,8 @@ def train(name, shape, cfg, tell):
     micro_batches = [slice(i, i + cfg.batch_size) for i in range(0, n, cfg.batch_size)]
     x, y, addresses = prepare(state["step"], data, model, cfg)
     tell(name, state["step"])
-    # since the last evaluation: when that ended; of each step its loss, and the load of its
-    # busiest expert over the mean
+    # since the last evaluation: the time at which it ended; for each step its loss, and the
+    # load of the busiest expert divided by the mean load
     began, losses, busiest = time.perf_counter(), [], []
 
     for step in range(state["step"], cfg.steps + 1):
@@ -155,7 +155,8 @@ def train(name, shape, cfg, tell):
         reads = model.read(addresses)
         loss = 0.0
         for part in micro_batches:
-            part_reads = [read.part(part) for read in reads]
+            # the leaf stays whole: in it the gradients of all micro-batches add up
+            part_reads = [read._replace(inverse=read.inverse[part]) for read in reads]
             with autocast(cfg):
                 part_loss = forward(x[part], y[part], part_reads)[1] / len(micro_batches)
             part_loss.backward()
@@ -163,8 +164,8 @@ def train(name, shape, cfg, tell):
         # a parameter that is not wired in would stay as it was, in silence
         missing = [key for key, p in model.named_parameters() if p.grad is None]
         assert not missing, f"no gradient reached {missing}"
-        # of several processes: average the loss, all gradients and moe.load in place, and
-        # return reads of the rows that any of them has read
+        # with several processes, average the loss, all gradients and moe.load over them; the
+        # reads then cover every row that one of them has read
         reads = ranks.meet(loss, model, moes, reads, row_adam.tables)
         # The next step's addresses need its tokens alone, not this step's update: prepare
         # them while a GPU is still at work. The host waits for it at loss.item().
@@ -221,8 +222,8 @@ def start(name, path, shape, cfg, data):
     saved = None
     if path.exists():
         saved, model = load_checkpoint(path)
-        # --steps may change, and the learning rate follows it, but not to fewer steps than
-        # have been trained
+        # a resumed run may have more or fewer steps, if not fewer than it has trained, so
+        # --steps is not compared; the learning rate follows it
         expected = saved["run"] | {"steps": max(cfg.steps, saved["step"])}
         differ = differences(expected, run)
         if differ:
@@ -275,8 +276,8 @@ def optimisers(model, cfg):
     matrices, others, embed_in = ({"params": [], "lr_scale": 1.0} for _ in range(3))
     others["weight_decay"] = 0.0
     embed_in["lr_scale"] = cfg.embed_lr
-    # Muon takes each matrix by itself: {how many of them a parameter holds (q, k, v: 3): its
-    # group}
+    # Muon takes each matrix by itself; these parameters hold several (q, k, v; gate, up)
+    parts_of = {"qkv": 3, "w_in": 2}
     muon = {parts: {"params": [], "parts": parts, "lr_scale": 1.0} for parts in (1, 2, 3)}
     # (a table is a buffer, not a parameter: RowAdam has it)
     for name, p in model.named_parameters():
@@ -286,16 +287,11 @@ def optimisers(model, cfg):
         elif name.startswith("embed_in."):
             group = embed_in
         elif cfg.optimizer == "muon" and name.startswith("blocks.") and "router" not in name:
-            parts = 1
-            if "qkv" in name:
-                parts = 3
-            elif "w_in" in name:          # gate and up
-                parts = 2
+            parts = next((n for mark, n in parts_of.items() if mark in name), 1)
             group = muon[parts]
         group["params"].append(p)
-    adamw = torch.optim.AdamW([matrices, others, embed_in], lr=cfg.lr, betas=(0.9, 0.95),
-                              weight_decay=cfg.weight_decay, fused=True)
-    backbone = [adamw]
+    backbone = [torch.optim.AdamW([matrices, others, embed_in], lr=cfg.lr, betas=(0.9, 0.95),
+                                  weight_decay=cfg.weight_decay, fused=True)]
     if cfg.optimizer == "muon":
         backbone.append(Muon(muon.values(), cfg.weight_decay, getattr(torch, cfg.dtype)))
     return backbone, RowAdam([engram.table for engram in model.engrams()])

@@ -30,7 +30,7 @@ def make_twins(cfg, rho):
 
     cfg: the common shape; its n_expert is the MoE-only twin's. rho is the share of the
     sparse parameters P_sparse that stays with routed experts (paper, section 3). If
-    cfg.engram.rows are given they stay: an experiment with the memory's size, no twins.
+    cfg.engram.rows are given they stay; the totals differ then, so these are no twins.
     Raise ValueError if there are no experts to drop or no row can be paid for."""
     if not cfg.n_expert:
         raise ValueError("n_expert 0: twins need experts")
@@ -40,7 +40,7 @@ def make_twins(cfg, rho):
 
     # 1. Engram drops routed experts. The top k stay, for they are active and not sparse.
     n_expert = cfg.top_k + round(rho * (cfg.n_expert - cfg.top_k))
-    engram = replace(cfg, n_expert=n_expert, engram=replace(cfg.engram, rows=1))
+    engram = replace(cfg, n_expert=n_expert, engram=replace(cfg.engram, rows=given or 1))
     moe = replace(cfg, engram=None)
 
     # 2. Reading is compute too: rows are projected to keys and values. The MoE-only twin
@@ -65,13 +65,12 @@ def make_twins(cfg, rho):
         raise ValueError(f"rho {rho} leaves no row: {n_expert} of {cfg.n_expert} experts stay, "
                          f"and a row in each head takes {per_row:,} parameters; use a smaller "
                          "rho or more experts")
-    engram.engram = replace(cfg.engram, rows=given or rows)
 
     # the rho that is reached: experts that one token does not use, over all such parameters
     size = count(engram)
     in_experts = cfg.n_layer * (n_expert - cfg.top_k) * 3 * cfg.n_embd * cfg.expert_hidden
     numbers = {"engram": size, "moe": count(moe), "widened": widened,
-               "rho": in_experts / size["P_sparse"]}
+               "rho": in_experts / max(1, size["P_sparse"])}
     return {"engram": engram, "moe": moe}, numbers
 
 

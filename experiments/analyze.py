@@ -213,7 +213,7 @@ def gates(pair):
     read = copy(data)
     read.train = pair.canonical[data.train]
     read.val_x, read.val_y = pair.canonical[data.val_x], pair.canonical[data.val_y]
-    # at each token but the first ones; the last n-gram ends in a target, which has no gate
+    # n-grams of inputs: at each token but the first ones; the last target has no gate
     order = cfg.orders[-1]
     written = data.grams(data.val_x, data.val_y, order)[:, :-1]
     groups = {"by the token": read.val_x[:, order - 1:],

@@ -13,8 +13,8 @@ What is not installed is left out.
 """
 import importlib.util
 import sys
-import time
 from functools import partial
+from timeit import repeat, timeit
 
 import numpy as np
 import torch
@@ -31,12 +31,6 @@ from twins import make_twins
 D, V = 256, 4096
 
 
-def seconds(work):
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
 def compare(title, ours, theirs, flops=0, dtype=torch.float32, rounds=15):
     """Print how many times as fast ours() is as theirs(). flops: of one call of ours."""
     times = []
@@ -44,12 +38,12 @@ def compare(title, ours, theirs, flops=0, dtype=torch.float32, rounds=15):
         order = [ours, theirs]
         if i % 2:
             order.reverse()
-        times.append({work: seconds(work) for work in order})
+        times.append({work: timeit(work, number=1) for work in order})
     mine, others = np.array([(t[ours], t[theirs]) for t in times[2:]]).T
     line = "{:58s}{:6.2f} ({:.2f} to {:.2f})".format(title, *interval_of_median(others / mine))
     if flops:
         a = torch.randn(2048, 2048, dtype=dtype)
-        peak = 2 * 2048 ** 3 / min(seconds(lambda: a @ a) for _ in range(10))
+        peak = 2 * 2048 ** 3 / min(repeat(lambda: a @ a, number=1, repeat=10))
         line += f"{flops / np.median(mine) / peak:8.0%} of the peak"
     print(line, flush=True)
 

@@ -303,8 +303,7 @@ def table(sweep, runs):
         against = "reference"
         if arm != sweep.reference:
             against = verdict(gaps(runs, arm, sweep.reference))
-        first, *_ = seeds.values()
-        size = first["header"]["accounting"]
+        size = next(iter(seeds.values()))["header"]["accounting"]
         bpb = statistics.mean(last(run)["val_bpb"] for run in seeds.values())
         lines.append(f"| {sweep.arms[arm].title} | {size['P_tot']:,} | {size['P_act']:,} | "
                      f"{len(seeds)} | {loss} | {against} | {bpb:.3f} |")
@@ -325,8 +324,8 @@ CLAIMS = (("engram", "moe", "Memory instead of experts"),
           ("engram", "token", "N-grams instead of single tokens in the table"),
           ("token", "moe", "A table of single tokens instead of experts"),
           ("conv", "moe", "Engram's convolution without a table"),
-          ("fewer", "moe", "A quarter of the experts less"),
-          ("two", "moe", "Two experts instead of eight"),
+          ("moe", "fewer", "Eight experts instead of six"),
+          ("moe", "two", "Eight experts instead of two"),
           ("one row", "moe", "Engram's module and fewer experts, with nothing to remember"),
           ("engram", "one row", "Something to remember instead of nothing"),
           ("no conv", "token alone", "N-grams instead of single tokens, no convolution"))

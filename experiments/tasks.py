@@ -33,8 +33,8 @@ from runs import crossing
 # ---- the text --------------------------------------------------------------------------
 
 def phone_books(share):
-    """Return the size of the vocabulary, the kinds of tokens, and draw(rng): a sequence of
-    128 tokens, and for each the number of its kind, 0 for those that no one can know."""
+    """Return the size of the vocabulary, T = 128, the kinds of tokens, and draw(rng): a
+    sequence of T tokens, and for each the number of its kind, 0 for what no one can know."""
     rng = np.random.default_rng(1)
     book = np.zeros((64, 64), int)
     for column in book:
@@ -58,11 +58,11 @@ def phone_books(share):
             kinds += [0] * len(before) + [0, kind]
         return ids[:128], kinds[:128]
 
-    return 320, ["local", "context"], draw
+    return 320, 128, ["local", "context"], draw
 
 
 def named_recall():
-    """The same, of 64 tokens. The kind of an answer is its distance from what it repeats."""
+    """The same, T = 64. The kind of an answer is its distance from what it repeats."""
     rng = np.random.default_rng(1)
     is_name = (rng.permutation(4096) < 2000).reshape(64, 64)
     # ids: 64 of which names consist, 64 values, a mark before the questions, end of text
@@ -82,7 +82,7 @@ def named_recall():
         kinds[33:61:3] = 1 + (distance > 20) + (distance > 40)
         return ids, kinds
 
-    return 130, ["near", "middle", "far"], draw
+    return 130, 64, ["near", "middle", "far"], draw
 
 
 # {name of a data set: what makes it}
@@ -94,7 +94,7 @@ for share in (20, 50, 80):
 def make(name, data_dir="data", n_tokens=2_560_000):
     """Write a data set as prepare_data does, and the kinds of its validation tokens."""
     folder = Path(data_dir) / name
-    vocab_size, kinds, draw = TASKS[name]()
+    vocab_size, T, kinds, draw = TASKS[name]()
     folder.mkdir(parents=True, exist_ok=True)
     # a tokenizer that is never used on text: token 7 is " 7"
     tokens = [base64.b64encode(f" {i}".encode()).decode() for i in range(vocab_size - 1)]
@@ -104,10 +104,8 @@ def make(name, data_dir="data", n_tokens=2_560_000):
             "tokenizer": tok, "kinds": kinds}
     for split, n, seed in (("train", n_tokens, 100), ("val", 65536, 101)):
         rng = np.random.default_rng(seed)
-        drawn = [draw(rng)]
         # whole sequences, and one token more, the target of the last one
-        while len(drawn) * len(drawn[0][0]) <= n:
-            drawn.append(draw(rng))
+        drawn = [draw(rng) for _ in range(n // T + 1)]
         ids, kind_of = (np.concatenate(part)[:n + 1] for part in zip(*drawn))
         raw = ids.astype("<u2").tobytes()
         (folder / f"{split}.bin").write_bytes(raw)
