@@ -8,11 +8,19 @@ The demo is engram_demo_v1.py in github.com/deepseek-ai/Engram.
 The idea: the last two or three tokens name a local pattern ("Alexander the Great"). Hash
 them to row numbers of a big table, read those rows, and let the hidden state decide
 through a gate how much of what was read to believe. The row numbers depend on token ids
-alone, never on activations, so a read can start before the forward pass does.
+alone, never on activations, so the rows to read are known before the forward pass.
+
+Letters, here and in model.py:
+    B batch, T time, D model width (n_embd), h hidden states [B, T, D]
+    V' number of canonical ids (tokens that differ in case, accents or outer spaces share one)
+    N largest n-gram order, K heads (hashes with rows of their own) per order,
+    M = len(orders) * K rows read per token
+    R rows of one layer's table, d width of one row, d_mem = M * d
+    U unique rows that a layer reads in a step
 
 Once:
   engram = Engram(EngramConfig(rows=100_000), block, D, n_canonical, pad)
-  row_adam = RowAdam([engram.table])       all other parameters are another optimiser's
+  row_adam = RowAdam([engram.table])       the parameters have another optimiser
 One step:
   GPT.addresses, on the host, while the step before is still under way:
     address = engram.address(x)      hash: which rows? x: canonical ids of the step's tokens
@@ -20,16 +28,9 @@ One step:
     read = engram.read(address)      gather each row once into a small tensor, read.leaf
   Block.forward:
     h = h + engram(h, read)          project what was read, gate it, add it to the stream
-  train.py, the second by way of ranks.update():
+  train.py:
     loss.backward()                  fill read.leaf.grad: U rows, not the whole table
     row_adam.step([read], lr)        update those U rows of the table, and no others
-
-Letters, here and in model.py:
-    B batch, T time, D model width (n_embd), h hidden states [B, T, D]
-    V' number of canonical ids (tokens that differ in case, accents or outer spaces share one)
-    N largest n-gram order, K hash heads per order, M = len(orders) * K rows read per token
-    R rows of one layer's table, d width of one row, d_mem = M * d
-    U unique rows read in a step
 """
 import math
 import re
@@ -57,11 +58,11 @@ class EngramConfig:
                       "twin, see --rho")
     width: int = opt(16, "numbers in one row", least=1)
     conv_kernel: int = opt(4, "taps of the short convolution; 0 leaves it out", least=0)
-    conv_dilation: int = opt(0, "positions between its taps; 0: the largest order (paper)",
+    conv_dilation: int = opt(0, "distance between its taps; 0: the largest order (paper)",
                              least=0)
     gate: str = opt("sqrt", "sqrt (official demo), plain (paper, eq. 4) or off (all "
                     "that is read is believed)", ("sqrt", "plain", "off"))
-    compress: bool = opt(True, "hash canonical ids, one for 'The' and ' the', not token ids")
+    compress: bool = opt(True, "hash canonical ids ('The' and ' the' share one), not token ids")
     stop_at_eot: bool = opt(False, "an n-gram never looks back past an end of text")
     bias: bool = opt(True, "biases in the key and value projections (demo: yes, paper: no)")
     seed: int = opt(0, "seed of the hash multipliers", least=0)
@@ -107,15 +108,15 @@ class Read(NamedTuple):
     leaf: torch.Tensor
     # [B, T, M] as in Address, but on the model's device
     inverse: torch.Tensor
-    # waits until leaf is filled, see offload.py; None where it is filled already
+    # to be called before leaf is used, see offload.py; None where leaf is filled at once
     ready: Callable | None
 
 
 class Engram(nn.Module):
 
     def __init__(self, cfg, block, n_embd, n_canonical, pad, table_device=None):
-        """cfg: EngramConfig with rows. block: where the layer stands; it has a hash of its
-        own. n_canonical: V'. pad: the canonical id of end of text, which also stands before
+        """cfg: EngramConfig with rows. block: the number of its block, which also seeds
+        its hash. n_canonical: V'. pad: the canonical id of end of text, which also stands before
         the first token. table_device "meta" makes only the shape of a table."""
         super().__init__()
         if not cfg.rows:
@@ -126,7 +127,7 @@ class Engram(nn.Module):
         # after the other.
         primes = np.array(head_primes(cfg)[block])                        # [orders, K]
         ends = np.cumsum(primes).reshape(primes.shape)
-        # no buffers: these stay on the host, where the hash is computed
+        # not buffers, so .to() leaves them on the host, where the hash is computed
         self.multipliers = torch.from_numpy(hash_multipliers(cfg, block, n_canonical))  # [N]
         self.primes = torch.from_numpy(primes)
         self.offsets = torch.from_numpy(ends - primes)        # where each head begins
@@ -147,8 +148,8 @@ class Engram(nn.Module):
     @torch.no_grad()
     def reset(self):
         """Initialise so that the memory contributes little at first but receives gradients
-        from the first step. Both table and value projection start at random: if both were
-        zero, neither would get a gradient from the other."""
+        from the first step. Table and value projection start small and random: if both were
+        zero, neither would get a gradient."""
         self.table.normal_(std=0.02)
         for module in self.children():
             if isinstance(module, nn.Linear):
@@ -158,7 +159,7 @@ class Engram(nn.Module):
 
     def forward(self, h, read, cache=None):
         """Return what to add to the stream h [B, T, D], given a Read (eq. 3 to 5). cache:
-        this layer's own dict, see ShortConv."""
+        see ShortConv."""
         e = lookup(read)                                                  # [B, T, d_mem]
         v = self.gate(h, e) * self.value(e)                               # [B, T, D]
         if self.cfg.conv_kernel:
@@ -194,7 +195,7 @@ class Engram(nn.Module):
 
         By hand, for 2-grams and two heads: ids 5, 7, multipliers 3 (for the last id) and
         11, primes 13 and 17. (7 * 3) ^ (5 * 11) = 21 ^ 55 = 34. First head: 34 % 13 = 8.
-        Second head: 34 % 17 = 0, and its slice begins at 13. So position 1 reads rows 8
+        Second head: 34 % 17 = 0, and its rows begin at 13. So the second token reads rows 8
         and 13."""
         N, T = self.cfg.orders[-1], x.size(1)
         # every position needs N-1 ids before it; before the text they are padding
@@ -226,8 +227,8 @@ class Engram(nn.Module):
 
     def read(self, address):
         """Gather each row of an Address once into one small tensor, the leaf. Autograd
-        sees its [U, d] numbers and never the table's [R, d]. Nothing has to come back from
-        the device here."""
+        sees its [U, d] numbers and never the table's [R, d]. It never waits for the
+        device."""
         row_ids, device = address.row_ids, self.value.weight.device
         if self.fetch is None:
             row_ids = row_ids.to(device, non_blocking=True)
@@ -254,8 +255,8 @@ class ShortConv(nn.Module):
         self.taps = nn.Parameter(torch.zeros(kernel, n_embd))
 
     def forward(self, x, cache=None):
-        """cache: a dict that carries the last (kernel - 1) * dilation inputs of each such
-        layer to the next chunk of a text."""
+        """cache: a dict; under self, the last (kernel - 1) * dilation inputs, normalised, for
+        the next chunk of a text."""
         T, kernel = x.size(1), len(self.taps)
         reach = (kernel - 1) * self.dilation
         x = self.norm(x)
@@ -282,16 +283,16 @@ def lookup(read):
 
 
 class RowAdam:
-    """Adam for tables. A step updates exactly the rows that were read in it, without
-    decay.
+    """Adam for tables. A step updates exactly the rows that were read in it. There is no
+    weight decay.
 
     Dense Adam would go through all R rows, and its momentum would move rows that were not
-    read. Bias correction needs a step count. torch.optim.SparseAdam has one for all rows:
-    where a row is first read late, as most are, its first step would be (1 - beta1) /
+    read. Bias correction needs a step count. torch.optim.SparseAdam has one for all rows
+    together, so a row that is first read late would start at (1 - beta1) /
     sqrt(1 - beta2) = 0.45 of the rate. Here each row counts its own visits."""
 
     def __init__(self, tables):
-        """tables: list of [R, d] tensors, changed in place, so move the model first."""
+        """tables: list of [R, d] tensors, changed in place; place() the model before."""
         self.tables, self.state = tables, []
         for table in tables:
             self.state.append({"exp_avg": torch.zeros_like(table),
@@ -305,8 +306,8 @@ class RowAdam:
         # eps is tiny, because a row's gradient can be
         beta1, beta2, eps = 0.9, 0.95, 1e-15
         for table, state, read in zip(self.tables, self.state, reads, strict=True):
-            # the table may be in host memory, and the leaf on a GPU
             row_ids = read.row_ids.to(table.device)
+            # the table may be in host memory, and the leaf on a GPU
             values = read.leaf.to(table.device)
             grad = read.leaf.grad.to(table.device)
             visits = state["visits"].index_select(0, row_ids) + 1         # [U, 1]
@@ -369,8 +370,8 @@ def is_prime(n):
 def head_primes(cfg):
     """Return {block: [[prime of each head] for each order]}.
 
-    Every head of every order and layer has a prime of its own, the smallest from cfg.rows
-    on that no other has. The head has that many rows."""
+    Every head of every order and layer has a prime of its own, the smallest free one not
+    below cfg.rows. The head has that many rows."""
     taken, primes = set(), {}
     for block in cfg.blocks:
         primes[block] = []

@@ -33,14 +33,14 @@ class GPTConfig:
     n_layer: int = opt(4, "blocks", least=1, most=1000)
     n_head: int = opt(4, "attention heads", least=1)
     n_embd: int = opt(128, "model width", least=1)
-    n_expert: int = opt(8, "routed experts of the MoE-only model (Engram drops some of them); "
+    n_expert: int = opt(8, "routed experts of the MoE-only model (Engram has fewer); "
                         "0: one dense feed-forward layer", least=0)
     top_k: int = opt(2, "routed experts per token", least=1)
     expert_hidden: int = opt(128, "hidden units of a routed expert", least=1)
     shared_hidden: int = opt(128, "hidden units of the shared expert", least=1)
-    conv_in: int = opt(-1, "a control: this block gets a short convolution of its input, as "
-                       "Engram's but without a memory; -1: none", least=-1)
-    conv_dilation: int = opt(3, "positions between the taps of that convolution", least=1)
+    conv_in: int = opt(-1, "a control: number of a block whose input gets a convolution like "
+                       "Engram's, but no memory; -1: none", least=-1)
+    conv_dilation: int = opt(3, "distance between the taps of that convolution", least=1)
     untied: bool = opt(False, "a control: an input embedding of its own, not the head's")
     engram: EngramConfig | None = field(default_factory=EngramConfig)
 
@@ -93,7 +93,7 @@ def attend(q, k, v):
     # (a single query is the last one: it sees all keys, so there is nothing to mask)
     if T == 1 or (T == n_keys and not slow_here):
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1)
-    # -inf above the diagonal that ends at the last query and the last key
+    # query i sees keys 0 to i + n_keys - T; -inf hides the rest
     mask = q.new_full((T, n_keys), -torch.inf).triu(1 + n_keys - T)
     scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1) + mask
     # softmax sums in fp32 and rounds after
@@ -101,7 +101,7 @@ def attend(q, k, v):
 
 
 def rotate(x, rope):
-    """Rotary position embedding: turn coordinate i of a head with coordinate i + hd/2."""
+    """Rotary position embedding: rotate each pair (i, i + hd/2) of a head's coordinates."""
     cos, sin = rope[0].to(x.dtype), rope[1].to(x.dtype)                          # [T, hd/2]
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
@@ -126,8 +126,8 @@ class Block(nn.Module):
 
 
 class Cache:
-    """What decoding keeps of the text so far: its length, its last N-1 canonical ids, and
-    for each block a dict of keys, values and the last inputs of the convolution."""
+    """What decoding keeps of the text so far: its length, the last ids that n-grams need,
+    and for each block a dict of keys, values and the last inputs of convolutions."""
 
     def __init__(self, cfg):
         self.length = 0
@@ -138,8 +138,8 @@ class Cache:
 class GPT(nn.Module):
 
     def __init__(self, cfg, canonical):
-        """canonical: the canonical id of each token, [V]. The last token of the vocabulary is
-        the end of text; it also stands for the missing tokens of n-grams that begin before
+        """canonical: [V], for each token an id that similar tokens share (engram.py). The last
+        token of the vocabulary is the end of text; it also fills n-grams that begin before
         the text."""
         super().__init__()
         self.cfg = cfg
@@ -147,11 +147,12 @@ class GPT(nn.Module):
         if len(canonical) != cfg.vocab_size:
             raise ValueError(f"{len(canonical)} canonical ids for a vocabulary of "
                              f"{cfg.vocab_size}")
-        # which blocks get a memory, and what its hash needs to know of the tokenizer
+        # which blocks get a memory
         memory_in = cfg.engram.blocks if cfg.engram else ()
         if memory_in and memory_in[-1] >= cfg.n_layer:
             raise ValueError(f"engram blocks {memory_in}: the model has blocks 0 to "
                              f"{cfg.n_layer - 1}")
+        # what its hash needs to know of the tokenizer
         n_canonical, pad = int(canonical.max()) + 1, int(canonical[-1])
         self.canonical = torch.from_numpy(canonical)     # no buffer: it stays on the host
         self.embed = nn.Embedding(cfg.vocab_size, cfg.n_embd)             # also the head
@@ -193,10 +194,10 @@ class GPT(nn.Module):
         return [block.engram for block in self.blocks if block.engram is not None]
 
     def addresses(self, idx, cache=None):
-        """Return an Address per memory layer of tokens idx [B, T]. This needs token ids
-        alone, not even the weights, so it can run long before the forward pass. Ids on a
-        GPU have to come to the host first. When decoding, give the cache: the hash needs
-        the N-1 tokens before."""
+        """Return an Address (which rows tokens idx [B, T] read) per memory layer. It needs
+        token ids alone, not even the weights, so it can run long before the forward pass.
+        Ids on a GPU have to come to the host first. When decoding, give the cache: the hash
+        needs the N-1 tokens before; this call adds the new ones."""
         if not self.engrams():
             return []
         x = self.canonical[idx.cpu()]
@@ -211,8 +212,8 @@ class GPT(nn.Module):
         return addresses
 
     def read(self, addresses):
-        """Return a Read per memory layer. If a table is in host memory, its rows are now
-        under way."""
+        """Fetch the rows. Return a Read per memory layer; rows of a table in host memory
+        arrive later."""
         return [engram.read(address)
                 for engram, address in zip(self.engrams(), addresses, strict=True)]
 
@@ -220,8 +221,8 @@ class GPT(nn.Module):
         """Return logits [B, T, V] for tokens idx [B, T], and the loss (mean cross-entropy
         in nats per token; None without targets).
 
-        reads: from read(addresses(idx)), by default made here; an empty list switches the
-        memory off.
+        reads: from read(addresses(idx, cache)), by default made here; an empty list switches
+        the memory off.
         cache: the text before idx; it is extended. Too long a text is a ValueError."""
         # where in the context idx stands
         start = cache.length if cache is not None else 0
@@ -244,7 +245,7 @@ class GPT(nn.Module):
             if i == self.cfg.conv_in:                         # a control, no memory
                 x = x + self.conv(x, block_cache)
             x = block(x, rope, read, block_cache)
-        # the head shares its weights with the embedding
+        # the head has the weights of self.embed
         logits = F.linear(self.norm(x), self.embed.weight)
         loss = None
         if targets is not None:                               # autocast computes this in fp32
@@ -271,8 +272,8 @@ def parameters_by_kind(model):
 
 def accounting(model):
     """Return the paper's quantities. P_tot: all parameters except the vocabulary
-    embedding, which is also the head. P_act: those that one token uses, of the tables
-    what it reads. P_sparse = P_tot - P_act. And per token: forward FLOPs of matmuls
+    embedding, which is also the head. P_act: those that one token uses (of tables, the
+    rows that it reads). P_sparse = P_tot - P_act. And per token: forward FLOPs of matmuls
     (2 per active weight, the head included, plus attention at full context) and bytes
     read from the tables. Rows that are not read cost neither."""
     cfg, count = model.cfg, parameters_by_kind(model)
@@ -283,9 +284,10 @@ def accounting(model):
     # an input embedding of its own is read like a table, one row per token
     row = cfg.n_embd if cfg.untied else 0
     stored = count["engram tables"] + count["input embedding"]
-    active = total - idle - stored + values_read + row
+    used = total - idle - stored
+    active = used + values_read + row
     # a weight that is multiplied costs 2 FLOPs; norms and rows are not multiplied
-    weights = active - values_read - row - count["norms"] + count["embedding"]
+    weights = used - count["norms"] + count["embedding"]
     attention = 2 * 2 * cfg.n_layer * cfg.block_size * cfg.n_embd
     return {"parameters": sum(count.values()), "P_tot": total, "P_act": active,
             "P_sparse": total - active, "table_parameters": count["engram tables"],
@@ -310,7 +312,7 @@ def generate(model, idx, max_new_tokens, temperature=0.8, top_k=50, generator=No
 
     Keys, values, the last n-gram and the last inputs of the convolution are kept in a
     Cache, so each token is computed once. A full context is begun anew with its last half.
-    temperature 0: always the most likely token; top_k: choose among so many."""
+    temperature 0: always the most likely token; top_k: sample among as many tokens."""
     # the prompt, at most a full context of it
     text = idx[:, -model.cfg.block_size:]
     cache, idx = Cache(model.cfg), text
@@ -335,7 +337,7 @@ def generate(model, idx, max_new_tokens, temperature=0.8, top_k=50, generator=No
 @torch.no_grad()
 def token_losses(model, x, y, batch_size, precision, memory=True):
     """Return the loss of each token [n, T] in nats, fp32 on the CPU, for x, y [n, T].
-    With memory False the memory is switched off."""
+    precision: an autocast context. memory False: the memory is switched off."""
     was_training = model.training
     model.eval()
     device, losses = model.embed.weight.device, []
@@ -354,7 +356,7 @@ def token_losses(model, x, y, batch_size, precision, memory=True):
 @contextmanager
 def watch(model):
     """Record what each memory layer does in the forward passes within. Yield, per layer,
-    a dict of two lists: "gate", alpha [B, T] of each pass; "added", |output| / |h|."""
+    a dict of two lists: "gate", its values [B, T] of each pass; "added", |output| / |h|."""
     def record(layer, engram, args, out):
         h, read = args[:2]
         layer["added"].append(float((out.norm() / h.norm()).detach()))

@@ -20,13 +20,12 @@ class SwiGLU(nn.Module):
 
     def __init__(self, n_embd, hidden):
         super().__init__()
-        # gate and up, one above the other
+        # two matrices, gate and up, one above the other
         self.w_in = nn.Linear(n_embd, 2 * hidden, bias=False)
         self.w_out = nn.Linear(hidden, n_embd, bias=False)
 
     def forward(self, x):
-        # two matmuls, not one and a chunk, whose backward would copy both gradients into one
-        # tensor
+        # two matmuls: the backward of one and a chunk would copy both gradients together
         gate, up = (F.linear(x, w) for w in self.w_in.weight.chunk(2))
         return self.w_out(F.silu(gate) * up)
 
@@ -41,7 +40,7 @@ class MoE(nn.Module):
             self.router = nn.Linear(n_embd, n_expert, bias=False)
             self.w_in = nn.Parameter(torch.empty(n_expert, n_embd, 2 * expert_hidden))
             self.w_out = nn.Parameter(torch.empty(n_expert, expert_hidden, n_embd))
-            # added to the affinities for the choice of experts only, see move_bias()
+            # added to the router's scores, only to choose experts, see move_bias()
             self.register_buffer("bias", torch.zeros(n_expert))
             # how often each expert was chosen since the last move_bias()
             self.register_buffer("load", torch.zeros(n_expert))
@@ -54,7 +53,7 @@ class MoE(nn.Module):
         chosen, weight, counts = self.route(tokens)
         if self.training:
             self.load += counts
-        # autocast knows nn.Linear, but not what is done with these weights: cast by hand
+        # autocast does not cover the experts' matmuls as it does nn.Linear's: cast by hand
         dtype = x.dtype
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -115,8 +114,8 @@ class MoE(nn.Module):
             total = int(size.sum())
             padding_before = (size - counts).cumsum(0) - (size - counts)       # [E]
             position = position + padding_before[expert]
-        # where each pair stands in the sorted rows, and which token each of those rows is
-        # (of padding: token 0, whose result nobody takes)
+        # row_of_pair: the sorted row of each pair; token: the token of each sorted row (of
+        # padding: token 0, whose result nobody takes)
         row_of_pair = torch.empty_like(pair).index_copy_(0, pair, position)
         token = pair.new_zeros(total).index_copy_(0, position, pair // self.top_k)
         # two matmuls per expert, on its slice
@@ -130,7 +129,7 @@ class MoE(nn.Module):
     def few_tokens(self, x, chosen, weight):
         """Return the same sum for a few tokens, as in decoding: one pair after the other.
         Indexing w_in with a tensor would copy the experts' weights, which takes longer than
-        to multiply by them; so the numbers of the experts come to the host."""
+        to multiply by them; so the indices of the experts come to the host."""
         sums = []
         for token, experts, weights in zip(x, chosen.tolist(), weight, strict=True):
             parts = []

@@ -9,24 +9,24 @@ the place of use. What takes part, in the order in which it appears:
 
     leaf            the small tensor [U, d] on the model's device that the forward pass
                     reads. It is empty at first. A Read carries it (engram.py).
-    free            an event, that is, a mark in the compute queue, where the model's work for
-                    a GPU waits. torch may give leaf memory that work before the mark still
-                    uses; behind the mark it is free.
+    free            an event, that is, a mark in the compute queue, the GPU's list of work of
+                    the model. Work queued earlier may still use the memory that torch gave
+                    to leaf; behind the mark nothing does.
     worker          a thread beside the main one. It gathers rows of the table in host
                     memory, so that the main thread can go on and start the blocks.
     staging buffer  where the worker puts the rows for a GPU. It is pinned (the system may
                     not move it): only from pinned memory can a GPU copy while it computes.
     copy stream     a queue of the GPU for this copy alone. In the compute queue the copy
                     would wait for the blocks queued before it.
-    event           another mark, in the copy stream behind the copy. At the place of use the
+    copied          another mark, in the copy stream behind the copy. At the place of use the
                     compute queue waits for it. The main thread waits for the worker only.
 
 Time runs to the right; the forward pass of a step with the memory in block 1:
 
-    main thread     start | queue block 0 | ready() waits | queue block 1 ...
+    main thread   start() | queue block 0 | ready() waits | queue block 1 ...
     worker                | gather -> staging buffer      |
-    copy stream                                           | copy to leaf, event |
-    compute queue             | block 0 ==================== | waits            | memory ...
+    copy stream                                           | copy to leaf, copied |
+    compute queue             | block 0 ==================== | waits             | memory ...
 
 On a CPU there are neither queues nor copies: the worker gathers straight into leaf, and
 ready() waits for the worker. The table itself is not pinned: the GPU never touches it.
@@ -62,13 +62,13 @@ class Fetch:
         free = torch.cuda.current_stream(device).record_event() if leaf.is_cuda else None
         # Engram.read() makes leaf require a gradient, and then it cannot be written to; the
         # worker writes to the same memory by a detached tensor
-        gather = partial(self.gather, table, row_ids, leaf.detach(), free)
+        job = partial(self.gather, table, row_ids, leaf.detach(), free)
         if self.worker is not None:
-            wait_for_gather = self.worker.submit(gather).result
+            wait_for_copied = self.worker.submit(job).result
         else:
             # each micro-batch calls ready(), but only the first call is to gather
-            wait_for_gather = cache(gather)
-        return leaf, partial(self.finish, wait_for_gather, leaf)
+            wait_for_copied = cache(job)
+        return leaf, partial(self.finish, wait_for_copied, leaf)
 
     def gather(self, table, row_ids, leaf, free):
         """Fill leaf. For a GPU, return the event behind the copy that fills it. free: see
@@ -76,8 +76,8 @@ class Fetch:
         if leaf.device.type == "cpu":
             take(table, row_ids, leaf)
             return None
-        # torch lets a leaf that was made in inference mode be written to in that mode only,
-        # and a thread does not inherit the mode
+        # a leaf that was made in inference mode can only be written to in that mode, and the
+        # worker thread is not in it
         with torch.inference_mode(leaf.is_inference()):
             if leaf.is_cuda:
                 return self.copy_to_gpu(table, row_ids, leaf, free)
@@ -103,11 +103,11 @@ class Fetch:
 
     # a compiler cannot wait for a thread
     @torch.compiler.disable
-    def finish(self, wait_for_gather, leaf):
+    def finish(self, wait_for_copied, leaf):
         """Wait for the worker and, on a GPU, queue what comes next behind the copy."""
-        event = wait_for_gather()
-        if event is not None:
-            torch.cuda.current_stream(leaf.device).wait_event(event)
+        copied = wait_for_copied()
+        if copied is not None:
+            torch.cuda.current_stream(leaf.device).wait_event(copied)
 
 
 def take(table, row_ids, out):
@@ -123,8 +123,8 @@ def take(table, row_ids, out):
 
 
 def place(model, device, where="resident", prefetch=True):
-    """Move a GPT to device. where: of its tables. "resident" moves them too; "host" leaves
-    them on the CPU; so does "disk", where load_checkpoint has left them in the file."""
+    """Move a GPT to device. where: the place of its tables. "resident" moves them too;
+    "host" and "disk" leave them on the CPU, or in the file that load_checkpoint mapped."""
     if where == "resident":
         model.to(device)
         return

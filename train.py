@@ -8,7 +8,7 @@ Engram with a larger table.
 
 The idea: the parameters that a token does not use sit all in experts (the twin), or in
 part in a table (Engram, see --rho). All else is equal (total and active parameters, data,
-steps), so the gap between the curves of these two is what the memory is worth, up to the
+steps), so the gap between Engram's curve and the twin's is what the memory is worth, up to the
 noise of seeds. The third model shows what more rows add.
 """
 import math
@@ -126,8 +126,8 @@ def train(name, shape, cfg, tell):
     micro_batches = [slice(i, i + cfg.batch_size) for i in range(0, n, cfg.batch_size)]
     x, y, addresses = prepare(state["step"], data, model, cfg)
     tell(name, state["step"])
-    # since the last evaluation: the time at which it ended; for each step its loss, and the
-    # load of the busiest expert divided by the mean load
+    # since the last evaluation: when it ended, and for each step the loss and the busiest
+    # expert's load over the mean
     began, losses, busiest = time.perf_counter(), [], []
 
     for step in range(state["step"], cfg.steps + 1):
@@ -155,7 +155,8 @@ def train(name, shape, cfg, tell):
         reads = model.read(addresses)
         loss = 0.0
         for part in micro_batches:
-            # the leaf stays whole: in it the gradients of all micro-batches add up
+            # inverse says which of the rows in leaf each position takes. leaf stays whole:
+            # there the gradients of all micro-batches add up
             part_reads = [read._replace(inverse=read.inverse[part]) for read in reads]
             with autocast(cfg):
                 part_loss = forward(x[part], y[part], part_reads)[1] / len(micro_batches)
@@ -167,14 +168,13 @@ def train(name, shape, cfg, tell):
         # with several processes, average the loss, all gradients and moe.load over them; the
         # reads then cover every row that one of them has read
         reads = ranks.meet(loss, model, moes, reads, row_adam.tables)
-        # The next step's addresses need its tokens alone, not this step's update: prepare
-        # them while a GPU is still at work. The host waits for it at loss.item().
+        # From here on x and y are the next step's. Its addresses need tokens alone, so
+        # prepare them while a GPU is still at work. The host waits for it at loss.item().
         x, y, addresses = prepare(step + 1, data, model, cfg)
         loss = loss.item()
         check_finite(loss, step, path)
 
-        # ---- update. The leaf of a read holds the rows that were read, and their gradient;
-        # it is clipped together with the parameters
+        # ---- update. The rows that were read are clipped together with the parameters
         leaves = [read.leaf for read in reads]
         torch.nn.utils.clip_grad_norm_([*model.parameters(), *leaves], cfg.grad_clip)
         lr = learning_rate(step, cfg)
@@ -184,9 +184,9 @@ def train(name, shape, cfg, tell):
             optimizer.step()
             optimizer.zero_grad()
         ranks.update(row_adam, reads, lr * cfg.table_lr)
-        # balance the experts; each layer returns the load of its busiest one over the mean
-        of_layers = [moe.move_bias(cfg.balance_step * lr / cfg.lr) for moe in moes]
-        busiest.append(sum(of_layers) / max(1, len(moes)))
+        # balance the experts
+        loads = [moe.move_bias(cfg.balance_step * lr / cfg.lr) for moe in moes]
+        busiest.append(sum(loads) / max(1, len(moes)))
         losses.append(loss)
         tell(name, step + 1, loss)
 
@@ -218,12 +218,11 @@ def start(name, path, shape, cfg, data):
     if 0 < free < need:
         fail(f"training this model takes up to {need / 1e9:,.1f} GB, {free / 1e9:.1f} GB are "
              "free: ask for fewer --engram_rows, fewer --n_expert, or a smaller --n_embd")
-    # the model: new, or as it was saved
+    # the model: new, or, with --resume, as it was saved
     saved = None
     if path.exists():
         saved, model = load_checkpoint(path)
-        # a resumed run may have more or fewer steps, if not fewer than it has trained, so
-        # --steps is not compared; the learning rate follows it
+        # --steps may change, but not below what has been trained; the learning rate follows
         expected = saved["run"] | {"steps": max(cfg.steps, saved["step"])}
         differ = differences(expected, run)
         if differ:
@@ -237,7 +236,7 @@ def start(name, path, shape, cfg, data):
     # an accelerator that nobody has tried may err in silence
     if torch.device(cfg.device).type not in ("cpu", "cuda"):
         check_rows(model, torch.from_numpy(data.batch(0)[0]))
-    # optimisers are made of what has been moved
+    # only now: optimisers refer to tensors that have been moved
     backbone, row_adam = optimisers(model, cfg)
     state = {"step": 0, "seconds": 0.0, "records": [], "run": run, "shape": asdict(shape),
              "header": describe(name, model, cfg, data), "canonical": model.canonical,
@@ -393,7 +392,7 @@ def read_flags(argv):
 
 def open_out_dir(cfg):
     """Make the models' folders and return {model: path of its checkpoint}. Without --resume
-    none may exist; with it one must, and the other models begin. Settle cfg.dtype: timed
+    none may exist; with it one must, and the others start anew. Settle cfg.dtype: timed
     once, then kept when a run is resumed."""
     names = ["moe", "engram", "large"] if cfg.model == "all" else [cfg.model]
     paths = {name: Path(cfg.out_dir) / name / "ckpt.pt" for name in names}
