@@ -11,6 +11,7 @@ import resource
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import field, fields
 from pathlib import Path
 
@@ -46,6 +47,10 @@ def run_script(main):
 def write_whole(path, write):
     """Call write(file), then rename the file to path: there is never half a file at path.
     The name in between holds the process's id, so two runs cannot mix their files."""
+    # a link stays a link
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        fail(f"{path} is no ordinary file: give another name")
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
@@ -62,7 +67,8 @@ def write_whole(path, write):
             raise KeyboardInterrupt from None
         fail(f"{path} could not be written ({cause}); what was there before is kept")
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 
 def write_json(path, value):

@@ -78,9 +78,11 @@ class EngramConfig:
             if not values or not increasing or values[0] < least:
                 raise ValueError(f"engram {name} {values}: give increasing numbers from "
                                  f"{least} on")
-        if self.rows and (len(self.rows) != len(self.orders) or min(self.rows) < 1):
-            raise ValueError(f"engram rows {self.rows}: give one positive number per order, "
-                             f"{len(self.orders)} here, or one for all")
+        # (to find a prime above 10**12 takes too long)
+        possible = all(1 <= rows <= 10 ** 12 for rows in self.rows)
+        if self.rows and (len(self.rows) != len(self.orders) or not possible):
+            raise ValueError(f"engram rows {self.rows}: give one number from 1 to 10**12 per "
+                             f"order, {len(self.orders)} here, or one for all")
         check_fields(self)
         self.conv_dilation = self.conv_dilation or self.orders[-1]
 

@@ -35,6 +35,9 @@ def parse(argv, doc, owners, presets):
     if device == "auto":
         device = default_device()
     check_device(device)
+    # "cpu:0" is "cpu"
+    if torch.device(device).type == "cpu":
+        device = "cpu"
     name = given.get("preset", "auto")
     if name == "auto":
         name = "gpu" if device.startswith("cuda") else "laptop"

@@ -11,6 +11,7 @@ Letters: B batch, T time, D width (n_embd), L blocks, V vocabulary, H heads, hd 
 head; those of the memory stand in engram.py, those of the experts in moe.py.
 """
 import math
+import zipfile
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -380,6 +381,10 @@ def load_checkpoint(path, map_file=False):
         there = f"there is one of: {', '.join(others)}" if others else "train first: train.py"
         fail(f"no checkpoint at {path}; {there}")
     try:
+        # torch reads damaged numbers in silence, but the file, a zip archive, has checksums
+        damaged = None if map_file else zipfile.ZipFile(path).testzip()
+        if damaged:
+            raise ValueError(f"{damaged} is damaged")
         saved = torch.load(path, "cpu", mmap=map_file, weights_only=True)
         # shapes only: no table is filled with numbers that are overwritten at once
         with torch.device("meta"):

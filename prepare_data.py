@@ -398,8 +398,7 @@ def write_bins(pairs, enc, folder):
                 raw = np.array([*ids, enc.eot_token], dtype="<u2").tobytes()
                 (train, val)[split].write(raw)
                 hashes[split].update(raw)
-                found[split].update(tokens=len(raw) // 2, documents=1, size=len(raw),
-                                    bytes=len(text.encode()))
+                found[split].update(tokens=len(raw) // 2, documents=1, bytes=len(text.encode()))
     if not (found[0] and found[1]):
         fail("too little text for training and validation: give more")
     return [{**counts, "sha256": sha.hexdigest()} for counts, sha in zip(found, hashes)]
@@ -410,8 +409,9 @@ def check(folder):
     try:
         meta = json.loads((folder / "meta.json").read_text())
         for split in ("train", "val"):
-            if os.path.getsize(folder / f"{split}.bin") != meta[split]["size"]:
-                return {}
+            with open(folder / f"{split}.bin", "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != meta[split]["sha256"]:
+                    return {}
         return meta
     except (OSError, ValueError, KeyError, TypeError):
         return {}
@@ -585,7 +585,7 @@ def main(argv=None):
         fail(f"--vocab_size {flags.vocab_size}: must be 257 (bytes, end of text) to 65535")
     if max_mb is None:
         max_mb = DEFAULT_MB.get(name, 0)
-    if not max_mb >= 0 or max_mb and name not in ("python", "tinystories"):
+    if not 0 <= max_mb < math.inf or max_mb and name not in ("python", "tinystories"):
         fail(f"--max_mb {max_mb:g}: must be 0 (all) or more, for python and tinystories")
     args = {"name": name, "files": paths, "max_mb": max_mb,
             "vocab_size": flags.vocab_size, "tokenizer": flags.tokenizer}

@@ -297,7 +297,7 @@ def read_flags(argv):
     check_device(args.device)
     if args.write and args.device != "cpu":
         fail("--write works on a CPU: leave out --device")
-    if args.save and (not args.write or Path(args.save, args.model).exists()):
+    if args.save and (not args.write or Path(args.save, args.model, "ckpt.pt").exists()):
         fail(f"--save {args.save}: needs --write, and a folder without a model {args.model}")
     return args
 
@@ -326,7 +326,7 @@ def main(argv=None):
         start = write_and_say(args.write[1], saved, model.eval(), enc, start)
         if args.save:
             new = Path(args.save) / args.model / "ckpt.pt"
-            new.parent.mkdir(parents=True)
+            new.parent.mkdir(parents=True, exist_ok=True)
             write_whole(new, partial(torch.save, saved | {"model": model.state_dict()}))
     for i in range(args.num_samples):
         if i > 0:

@@ -494,8 +494,8 @@ def test_killed_run_resumes_exactly(corpus, tmp_path):
 @pytest.mark.parametrize("flags", [
     "--engram_gate off --engram_conv_kernel 0", "--engram_orders 1 --dtype bfloat16",
     "--engram_stop_at_eot --no-engram_bias --engram_gate plain --engram_rows 1",
-    "--no-engram_compress --engram_blocks 0 1 --n_expert 6", "--model moe --n_expert 0",
-    "--model moe --n_layer 1", "--model moe --n_expert 2"])
+    "--no-engram_compress --engram_orders 2 9 --n_expert 6", "--model moe --n_expert 0",
+    "--model moe --n_layer 1", "--model moe --n_expert 2 --device cpu:0"])
 def test_variants_train(corpus, tmp_path, flags):
     """A parameter without a gradient, a twin that cannot be paid."""
     run(train, *corpus, *TINY, "--steps", 4, "--rho", 0.3, "--out_dir", tmp_path,
@@ -504,7 +504,8 @@ def test_variants_train(corpus, tmp_path, flags):
 
 def test_resume_takes_what_fits(corpus, tmp_path, refused, monkeypatch):
     """Longer training refused; a model, an order of data, a tokenizer or a hash accepted
-    that is not the checkpoint's; half a file; NaNs trained on, or saved over it."""
+    that is not the checkpoint's; half a file, or damaged numbers; NaNs trained on, or saved
+    over it."""
     argv = [*corpus, *TINY, "--model", "engram", "--out_dir", tmp_path]
     again = [run, train, *argv, "--resume"]
     path, right = tmp_path / "engram" / "ckpt.pt", Engram.hash
@@ -527,7 +528,8 @@ def test_resume_takes_what_fits(corpus, tmp_path, refused, monkeypatch):
     saved["run"]["tokenizer"] = "0" * 64
     torch.save(saved, path)
     refused("tokenizer (000", *again)
-    for broken in (whole[:len(whole) // 2], b"not a checkpoint"):
+    damaged = whole[:-60_000] + bytes(999) + whole[-59_001:]
+    for broken in (whole[:len(whole) // 2], damaged, b"not a checkpoint"):
         path.write_bytes(broken)
         refused("not a readable checkpoint", *again)
 
@@ -544,6 +546,7 @@ def test_what_was_there_is_kept(tmp_path, refused, writer):
     path.write_text("before")
     (tmp_path / f"a.{os.getpid()}.part").symlink_to("/dev/full")
     refused("No space left", common.write_whole, path, writer)
+    refused("no ordinary file", common.write_whole, tmp_path, writer)
     with pytest.raises(KeyboardInterrupt):
         common.write_whole(path, lambda file: writer(Interrupting()))
     assert [p.name for p in tmp_path.iterdir()] == ["a"] and path.read_text() == "before"
@@ -555,7 +558,8 @@ def test_what_was_there_is_kept(tmp_path, refused, writer):
     (train, "--engram_orders 3 2", "increasing"), (train, "--rho 0.9", "no row"),
     (train, "--device mps", "--device cpu"), (train, "--dataset no", "not prepared"),
     (train, "--block_size 50000 --tokens_per_step 100000", "block_size"),
-    (train, "--engram_rows 9999999999", "GB"), (train, "--compile", "C++ compiler"),
+    (train, "--engram_rows 9999999999", "GB"),
+    (train, "--n_embd 1000000000", "overflow"), (train, "--compile", "C++ compiler"),
     (sample, "--model moe --memory", "no memory"),
     (sample, "--model moe --write a b", "no memory"), (sample, "--png a.png", "needs"),
     (sample, "--max_new_tokens 0", "nothing to do"), (sample, "--temperature nan", "nan"),

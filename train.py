@@ -72,7 +72,7 @@ class Config:
     tokens_per_step: int = optim_opt(2048, "tokens per optimiser step", least=1)
     batch_size: int = optim_opt(8, "sequences per forward pass; a step's gradients are "
                                 "averaged, so this changes memory and speed only", least=1)
-    lr: float = optim_opt(8e-3, "peak learning rate", least=1e-12)
+    lr: float = optim_opt(8e-3, "peak learning rate", least=1e-12, most=1e6)
     table_lr: float = optim_opt(5.0, "learning rate of the tables, in units of lr (paper: 5)",
                                 least=0)
     warmup_share: float = optim_opt(0.05, "share of the steps in which the rate rises",
@@ -427,8 +427,9 @@ def main(argv=None):
     shape.vocab_size = data.meta["vocab_size"]
     try:
         shapes, lines = shapes_of(cfg.model, shape, cfg.rho, cfg.large)
-    except ValueError as error:
-        fail(error)
+    except (ValueError, RuntimeError) as error:
+        # torch says in many lines that a shape is too large
+        fail(str(error).splitlines()[0])
     # say what is about to happen
     trained = data.train[:cfg.steps * cfg.tokens_per_step]
     for name in paths:

@@ -321,6 +321,8 @@ def depth(pair):
         if len(recur) > 3:
             batches["recurrent 3-grams"].append((own[:, recur], twin[:, recur],
                                                  other[:, recur]))
+    if not batches["recurrent 3-grams"]:
+        fail("depth needs tokens whose 3-gram training saw ten times: train longer")
     found = {"KL": by_layer(kl / len(times))}
     for where, parts in batches.items():
         engram = cka([(own, twin) for own, twin, _ in parts])

@@ -109,7 +109,7 @@ def make(name, data_dir="data", n_tokens=2_560_000):
         ids, kind_of = (np.concatenate(part)[:n + 1] for part in zip(*drawn))
         raw = ids.astype("<u2").tobytes()
         (folder / f"{split}.bin").write_bytes(raw)
-        meta[split] = {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+        meta[split] = {"sha256": hashlib.sha256(raw).hexdigest()}
     kind_of.astype(np.uint8).tofile(folder / "val_kinds.bin")
     (folder / "meta.json").write_text(json.dumps(meta))
 
