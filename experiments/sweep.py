@@ -108,7 +108,8 @@ LONGER = {
     "engram": ENGRAM}
 # A whole pass over the text, three times as long again.
 LONGEST = {"moe": MOE, "two": LONGER["two"], "token": TWINS["token"], "engram": ENGRAM,
-           "large": TWINS["large"]}
+           "large": TWINS["large"],
+           "huge": Arm("--model large --large 256", "Engram, 256 times the rows (no twin)")}
 MEMORY = {
     "4582": Arm(ENGRAM.flags, "4,582 rows per head (Engram)"),
     "73312": Arm("--model large", "73,312 rows per head (16 times)"),
@@ -412,7 +413,8 @@ def say_memory(sweep, runs):
 def draw_curves(axes, sweep, runs):
     """Draw the loss against tokens: every seed thin, the mean bold."""
     # an arm looks the same in all pictures
-    styles = dict(zip(TWINS, STYLES)) | {"two": STYLES[1], "one row": STYLES[2]}
+    styles = dict(zip(TWINS, STYLES)) | {"two": STYLES[1], "one row": STYLES[2],
+                                         "huge": STYLES[2]}
     for arm, seeds in runs.items():
         curves, (colour, line) = [], styles[arm]
         for run in seeds.values():
