@@ -322,6 +322,7 @@ def lines_of(sweep, runs):
 # (arm, what it is compared with, what the difference is worth)
 CLAIMS = (("engram", "moe", "Memory instead of experts"),
           ("large", "engram", "More memory at the same compute"),
+          ("huge", "large", "16 times as much memory again"),
           ("engram", "token", "N-grams instead of single tokens in the table"),
           ("token", "moe", "A table of single tokens instead of experts"),
           ("conv", "moe", "Engram's convolution without a table"),
