@@ -174,7 +174,7 @@ def train(name, shape, cfg, tell):
         loss = loss.item()
         check_finite(loss, step, path)
 
-        # ---- update. The rows that were read are clipped together with the parameters
+        # ---- update. Gradients of the rows that were read are clipped with all others
         leaves = [read.leaf for read in reads]
         torch.nn.utils.clip_grad_norm_([*model.parameters(), *leaves], cfg.grad_clip)
         lr = learning_rate(step, cfg)

@@ -95,15 +95,14 @@ def crowding(memory, tokens, token_bytes):
     """Return how many different n-grams of the tokens that are trained on share a row, as
     "12.3 2-grams and 77.8 3-grams"."""
     ids = canonical_ids(token_bytes, memory.compress)[tokens[:5_000_000]]
-    base, grams, shares = int(ids.max()) + 1, ids, []
+    base, grams, shares = int(ids.max()) + 1, np.zeros(len(ids) + 1, int), []
     for order in range(1, memory.orders[-1] + 1):
-        if order > 1:
-            # an n-gram is an (n-1)-gram and a token; numbered anew, so that numbers stay small
-            grams = grams[:-1] * base + ids[order - 1:]
-            grams = np.unique(grams, return_inverse=True)[1]
+        # an n-gram is an (n-1)-gram and a token; numbered anew, so that numbers stay small
+        grams = grams[:-1] * base + ids[order - 1:]
+        different, grams = np.unique(grams, return_inverse=True)
         if order in memory.orders:
             rows = memory.rows[memory.orders.index(order)]
-            shares.append(f"{len(np.unique(grams)) / rows:.1f} {order}-grams")
+            shares.append(f"{len(different) / rows:.1f} {order}-grams")
     return " and ".join(shares)
 
 
