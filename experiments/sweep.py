@@ -106,9 +106,11 @@ LONGER = {
     "two": Arm("--model moe --n_expert 2", "two experts, no choice"),
     "one row": CONTROLS["one row"],
     "engram": ENGRAM}
-# A whole pass over the text, three times as long again.
-LONGEST = {"moe": MOE, "two": LONGER["two"], "token": TWINS["token"], "engram": ENGRAM,
-           "large": TWINS["large"],
+# A whole pass over the text, three times as long again. With 52 experts the twin has the
+# parameters of the larger table, and its compute.
+LONGEST = {"moe": MOE, "two": LONGER["two"], "conv": TWINS["conv"], "token": TWINS["token"],
+           "engram": ENGRAM, "large": TWINS["large"],
+           "many": Arm("--model moe --n_expert 52 --rho 0.06", "MoE-only, 52 experts"),
            "huge": Arm("--model large --large 256", "Engram, 256 times the rows (no twin)")}
 MEMORY = {
     "4582": Arm(ENGRAM.flags, "4,582 rows per head (Engram)"),
@@ -328,6 +330,8 @@ CLAIMS = (("engram", "moe", "Memory instead of experts"),
           ("conv", "moe", "Engram's convolution without a table"),
           ("moe", "fewer", "Eight experts instead of six"),
           ("moe", "two", "Eight experts instead of two"),
+          ("many", "moe", "52 experts instead of eight"),
+          ("large", "many", "Memory instead of experts, the larger table and its twin"),
           ("one row", "moe", "Engram's module and fewer experts, with nothing to remember"),
           ("engram", "one row", "Something to remember instead of nothing"),
           ("no conv", "token alone", "N-grams instead of single tokens, no convolution"))
