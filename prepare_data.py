@@ -242,7 +242,9 @@ def choose(files, max_mb):
         if size <= 1.2 * wanted[package]:
             val.add(folder)
             wanted[package] -= size
-    # share the cap: small packages are taken whole, the larger ones give the same each
+    # Share the cap: small packages are taken whole, the larger ones give the same each. If the
+    # i smallest are whole, the others give what is left in equal parts; the largest such part
+    # is the true one.
     cap, sizes = max_mb * 1e6 or sum(total.values()), sorted(total.values())
     limit = max((cap - sum(sizes[:i])) / (len(sizes) - i) for i in range(len(sizes)))
     room = Counter()

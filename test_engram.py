@@ -377,11 +377,13 @@ def test_attention_by_hand_is_sdpa():
 
 
 def test_n_grams_that_share_a_row():
-    """Token ids counted for canonical ids, or all n-grams for the different ones."""
-    # in canonical ids this is a b a b a: two 2-grams, two 3-grams
-    tokens, pieces = np.array([0, 1, 2, 1, 0]), [b"a", b"b", b" A"]
-    said = crowding(EngramConfig(rows=(2, 4)), tokens, pieces)
-    assert said == "1.0 2-grams and 0.5 3-grams"
+    """Token ids counted for canonical ids, all n-grams for the different ones, or those that
+    lie across two sequences."""
+    # in canonical ids the first is a b a b a: two 2-grams, two 3-grams
+    x, pieces = np.array([[0, 1, 2, 1, 0], [0, 0, 0, 0, 0]]), [b"a", b"b", b" A"]
+    lines = crowding({"engram": EngramConfig(rows=(2, 4))}, x, pieces)
+    # in the second sequence one of each; none lies across the two
+    assert len(lines) == 1 and "1.5 2-grams and 0.8 3-grams" in lines[0]
 
 
 @pytest.mark.parametrize("rho", [0, 0.75, 0.9])

@@ -431,11 +431,13 @@ def main(argv=None):
         # torch says in many lines that a shape is too large
         fail(str(error).splitlines()[0])
     # say what is about to happen
-    trained = data.train[:cfg.steps * cfg.tokens_per_step]
-    for name in paths:
-        if shapes[name].engram:
-            said = crowding(shapes[name].engram, trained, data.token_bytes)
-            lines.append(f"{name:8s}{said} of the text share each row (above ten is crowded)")
+    memories = {name: shapes[name].engram for name in paths if shapes[name].engram}
+    if memories:
+        # (to count the n-grams of more than 20 million tokens takes too much memory)
+        n = min(cfg.steps * data.sequences_per_step, data.sequences_per_pass,
+                20_000_000 // data.T)
+        trained, _ = data.sequences(data.train, data.order[:n] * data.T)
+        lines += crowding(memories, trained, data.token_bytes)
     lines += [f"data    {data.name}: {cfg.steps:,} steps x {cfg.tokens_per_step:,} tokens are "
               f"{data.passes:.2f} passes over {len(data.train):,} tokens;",
               f"        validated on {data.val_y.size:,} others"]

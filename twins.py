@@ -91,19 +91,25 @@ def shapes_of(model, shape, rho, large):
     return shapes, lines
 
 
-def crowding(memory, tokens, token_bytes):
-    """Return how many different n-grams of the tokens that are trained on share a row, as
-    "12.3 2-grams and 77.8 3-grams"."""
-    ids = canonical_ids(token_bytes, memory.compress)[tokens[:5_000_000]]
-    base, grams, shares = int(ids.max()) + 1, np.zeros(len(ids) + 1, int), []
+def crowding(memories, x, token_bytes):
+    """Return a line for each of memories, {model: EngramConfig}, that differ in their rows
+    alone: how many different n-grams of tokens x [n, T], those that are trained on, share a
+    row."""
+    memory = next(iter(memories.values()))
+    ids = canonical_ids(token_bytes, memory.compress)[x]
+    base, grams, found = int(ids.max()) + 1, np.zeros((len(x), x.shape[1] + 1), int), {}
     for order in range(1, memory.orders[-1] + 1):
         # an n-gram is an (n-1)-gram and a token; numbered anew, so that numbers stay small
-        grams = grams[:-1] * base + ids[order - 1:]
-        different, grams = np.unique(grams, return_inverse=True)
-        if order in memory.orders:
-            rows = memory.rows[memory.orders.index(order)]
-            shares.append(f"{len(different) / rows:.1f} {order}-grams")
-    return " and ".join(shares)
+        grams = grams[:, :-1] * base + ids[:, order - 1:]
+        different, number = np.unique(grams, return_inverse=True)
+        grams, found[order] = number.reshape(grams.shape), len(different)
+    lines = []
+    for name, memory in memories.items():
+        shares = [f"{found[order] / rows:.1f} {order}-grams"
+                  for order, rows in zip(memory.orders, memory.rows)]
+        lines.append(f"{name:8s}{' and '.join(shares)} of the text share each row (above ten "
+                     "is crowded)")
+    return lines
 
 
 def explain(shape, shapes, numbers, rho):

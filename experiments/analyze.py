@@ -35,7 +35,7 @@ COMMITTED = Path(__file__).resolve().parent / "results"
 # how often training saw an n-gram; a bucket ends where the next begins
 BUCKETS = {"never": 0, "1-9": 1, "10-99": 10, "100-999": 100, "1,000 or more": 1000}
 STYLES = (("tab:blue", "-"), ("tab:orange", "--"), ("black", ":"), ("tab:green", "-."),
-          ("tab:red", "-"), ("tab:purple", "--"))
+          ("tab:red", "-"), ("tab:purple", "--"), ("tab:brown", ":"), ("tab:cyan", "-."))
 
 
 # ---- runs ----------------------------------------------------------------------------
@@ -225,7 +225,8 @@ def gates(pair):
     for name, ids in groups.items():
         found[name] = explained(ids[recurs], gate[:, order - 1:][recurs])
     for order in cfg.orders:
-        # counts are of targets, and the target before a token's own is that token
+        # Count t is of the n-gram that ends with target t, which is input t + 1: it belongs
+        # to the gate of t + 1.
         times, _ = read.count(pair.sequences, order)
         found[f"{order}-grams"] = {"by count": by_bucket(times[:, :-1], gate[:, 1:])}
     return found
@@ -377,7 +378,7 @@ def facts(pair):
     answers = np.random.default_rng(0).integers(len(pair.data.bytes), size=50).tolist()
     found = []
     for trigger, answer in zip(triggers, answers):
-        model = deepcopy(pair.engram)
+        model = deepcopy(pair.engram).cpu()
         before, after, *what = teach(model, trigger, [answer], x)
         reads, _, changed, other = (some.sum().item() * 1000 / x.numel() for some in what)
         best = model(torch.tensor([trigger]))[0][0, -1].argmax() == answer

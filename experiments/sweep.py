@@ -106,10 +106,11 @@ LONGER = {
     "two": Arm("--model moe --n_expert 2", "two experts, no choice"),
     "one row": CONTROLS["one row"],
     "engram": ENGRAM}
-# A whole pass over the text, three times as long again. With 52 experts the twin has the
-# parameters of the larger table, and its compute.
-LONGEST = {"moe": MOE, "two": LONGER["two"], "conv": TWINS["conv"], "token": TWINS["token"],
-           "engram": ENGRAM, "large": TWINS["large"],
+# A whole pass over the text, three times as long again. Two experts have the twin's compute
+# here. With 52 the twin has the parameters of the larger table, and its compute.
+LONGEST = {"moe": MOE, "conv": TWINS["conv"], "token": TWINS["token"], "engram": ENGRAM,
+           "large": TWINS["large"],
+           "two": Arm("--model moe --n_expert 2 --shared_hidden 86", "two experts, no choice"),
            "many": Arm("--model moe --n_expert 52 --rho 0.06", "MoE-only, 52 experts"),
            "huge": Arm("--model large --large 256", "Engram, 256 times the rows (no twin)")}
 MEMORY = {
@@ -356,27 +357,37 @@ def say_claims(sweep, runs):
     return lines
 
 
+def along_the_way(sweep, runs, arm, other):
+    """Return a line: the mean difference of two arms at eight points along the way."""
+    curves = []
+    for seed in runs[arm].keys() & runs[other].keys():
+        records, theirs = runs[arm][seed]["records"], runs[other][seed]["records"]
+        curves.append([a["val_loss"] - b["val_loss"] for a, b in zip(records, theirs)])
+    if not curves:
+        return "no pair"
+    every, parts = max(1, len(records) // 8), []
+    for record, gap in list(zip(records, np.mean(curves, axis=0)))[every - 1::every]:
+        parts.append(f"{gap:+.3f} after {record['tokens'] / 1e6:.1f}M tokens")
+    return f"{sweep.arms[arm].title} minus {sweep.arms[other].title}: {', '.join(parts)}"
+
+
 def say_longer(sweep, runs):
-    """Say what each difference is worth, and when in-context copying formed in each run: when
-    the loss on copyable tokens fell below 6."""
-    lines, curves = say_claims(sweep, runs), []
-    for seed, run in runs.get("engram", {}).items():
-        if seed in runs["moe"]:
-            twin = runs["moe"][seed]["records"]
-            curves.append([ours["val_loss"] - theirs["val_loss"]
-                           for ours, theirs in zip(run["records"], twin)])
-    if curves:
-        # seed by seed at the end, and the mean at eight points along the way
-        by_seed = ", ".join(f"{curve[-1]:+.3f}" for curve in curves)
-        every, along = max(1, len(twin) // 8), []
-        for record, gap in list(zip(twin, np.mean(curves, axis=0)))[every - 1::every]:
-            along.append(f"{gap:+.3f} after {record['tokens'] / 1e6:.1f}M tokens")
-        lines += [f"Engram minus its twin, seed by seed: {by_seed}",
-                  f"Engram minus its twin along the way: {', '.join(along)}"]
+    """Say what each difference is worth, how some went along the way, and when in-context
+    copying formed in each run: when the loss on copyable tokens fell below 6."""
+    lines = say_claims(sweep, runs)
+    by_seed = ", ".join(f"{gap:+.3f}" for gap in gaps(runs, "engram", "moe"))
+    lines.append(f"Engram minus its twin, seed by seed: {by_seed}")
+    for arm, other in (("engram", "moe"), ("token", "moe"), ("large", "engram"),
+                       ("large", "many")):
+        if arm in runs and other in runs:
+            lines.append(along_the_way(sweep, runs, arm, other))
     for arm, seeds in runs.items():
         when = []
         for run in seeds.values():
-            tokens = crossing(run["records"], 6, "copy_loss")
+            # (a small text may have no copyable tokens)
+            tokens = None
+            if run["header"]["copyable_tokens"]:
+                tokens = crossing(run["records"], 6, "copy_loss")
             when.append(f"{tokens / 1e6:.1f}M" if tokens else "not yet")
         lines.append(f"Copying formed after, {sweep.arms[arm].title}: {', '.join(when)}")
     return lines
@@ -418,8 +429,8 @@ def say_memory(sweep, runs):
 def draw_curves(axes, sweep, runs):
     """Draw the loss against tokens: every seed thin, the mean bold."""
     # an arm looks the same in all pictures
-    styles = dict(zip(TWINS, STYLES)) | {"two": STYLES[1], "one row": STYLES[2],
-                                         "huge": STYLES[2]}
+    styles = dict(zip([*TWINS, "huge", "many"], STYLES))
+    styles |= {"two": STYLES[1], "one row": STYLES[2]}
     for arm, seeds in runs.items():
         curves, (colour, line) = [], styles[arm]
         for run in seeds.values():
@@ -428,13 +439,14 @@ def draw_curves(axes, sweep, runs):
             axes.plot(millions, curves[-1], line, color=colour, lw=0.8, alpha=0.6)
         axes.plot(millions, np.mean(curves, axis=0), line, color=colour, lw=2.5,
                   label=f"{sweep.arms[arm].title} (n={len(seeds)})")
+    axes.set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)")
     gain, more = gaps(runs, "engram", "moe"), gaps(runs, "large", "engram")
-    title = ("At the end, memory instead of experts changes the loss by "
-             f"{np.mean(gain):+.2f} nats per token")
-    if more:
-        title += f",\nmore memory at the same compute by another {np.mean(more):+.2f}"
-    axes.set(xlabel="training tokens (millions)", ylabel="validation loss (nats per token)",
-             title=title)
+    if gain:
+        title = ("At the end, memory instead of experts changes the loss by "
+                 f"{np.mean(gain):+.2f} nats per token")
+        if more:
+            title += f",\nmore memory at the same compute by another {np.mean(more):+.2f}"
+        axes.set_title(title)
     axes.legend()
 
 
