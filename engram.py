@@ -188,10 +188,10 @@ class Engram(nn.Module):
         """Return, for each token of x, the numbers of the M rows of the flat table that it
         reads, [B, T, M] (section 2 of the paper).
 
-        x: [B, T] canonical ids; history: the up to N-1 ids just before them, None at the
-        start of a text. Each of the last n ids is multiplied by the multiplier of its place
-        (one for the last id, one for the id before, ...), the products are XORed, and the
-        remainder by a head's prime is a row of that head. All heads of an order share the
+        x: [B, T] canonical ids; history: all ids before them in the text, or the last N-1,
+        None at its start. Each of the last n ids is multiplied by the multiplier of its
+        place (one for the last id, one for the id before, ...), the products are XORed, and
+        the remainder by a head's prime is a row of that head. All heads of an order share the
         XOR, but each has its own prime, so two n-grams that collide in one head rarely do
         in another. int64 throughout: hash_multipliers() sees to it that nothing overflows.
 
@@ -201,9 +201,8 @@ class Engram(nn.Module):
         and 13."""
         N, T = self.cfg.orders[-1], x.size(1)
         # every position needs N-1 ids before it; before the text they are padding
-        padded = x if history is None else torch.cat([history, x], dim=1)
-        missing = N - 1 + T - padded.size(1)
-        padded = F.pad(padded, (missing, 0), value=self.pad)              # [B, N-1 + T]
+        text = x if history is None else torch.cat([history, x], dim=1)
+        padded = F.pad(text, (N - 1, 0), value=self.pad)[:, -(N - 1 + T):]
         mix = torch.zeros_like(x)
         rows_of_order = []
         same_text = torch.ones_like(x, dtype=torch.bool)

@@ -127,8 +127,8 @@ class Block(nn.Module):
 
 
 class Cache:
-    """What decoding keeps of the text so far: its length, the last ids that n-grams need,
-    and for each block a dict of keys, values and the last inputs of convolutions."""
+    """What decoding keeps of the text so far: its length, its canonical ids, and for each
+    block a dict of keys, values and the last inputs of convolutions."""
 
     def __init__(self, cfg):
         self.length = 0
@@ -202,14 +202,10 @@ class GPT(nn.Module):
         if not self.engrams():
             return []
         x = self.canonical[idx.cpu()]
-        # the canonical ids before idx, if there is a text before it
         history = cache.history if cache is not None else None
         addresses = [engram.address(x, history) for engram in self.engrams()]
         if cache is not None:
-            # keep the last N-1 for the next call
-            text = x if history is None else torch.cat([history, x], dim=1)
-            longest = self.cfg.engram.orders[-1] - 1
-            cache.history = text[:, max(0, text.size(1) - longest):]
+            cache.history = x if history is None else torch.cat([history, x], dim=1)
         return addresses
 
     def read(self, addresses):

@@ -34,8 +34,6 @@ def make_twins(cfg, rho):
     Raise ValueError if there are no experts to drop or no row can be paid for."""
     if not cfg.n_expert:
         raise ValueError("n_expert 0: twins need experts")
-    if not 0 <= rho < 1:
-        raise ValueError(f"rho {rho}: must be from 0 (all memory) to below 1 (no memory)")
     given = cfg.engram.rows
 
     # 1. Engram drops routed experts. The top k stay, for they are active and not sparse.

@@ -47,18 +47,14 @@ class Arm(NamedTuple):
     title: str
 
 
-def engram_arm(flags, title):
-    return Arm(f"--model engram {flags}", title)
-
-
 MOE, ENGRAM = Arm("--model moe", "MoE-only twin"), Arm("--model engram", "Engram")
 # A control changes one thing: its convolution is Engram's.
-TOKEN = "--engram_orders 1 --engram_heads 8 --engram_conv_dilation 3"
+TOKEN = "--model engram --engram_orders 1 --engram_heads 8 --engram_conv_dilation 3"
 TWINS = {
     "moe": MOE,
     "fewer": Arm("--model moe --n_expert 6", "MoE-only, 3/4 of the experts"),
     "conv": Arm("--model moe --conv_in 1", "MoE-only twin with Engram's convolution alone"),
-    "token": engram_arm(TOKEN, "table addressed by the current token alone"),
+    "token": Arm(TOKEN, "table addressed by the current token alone"),
     "engram": ENGRAM,
     "large": Arm("--model large", "Engram, 16 times the rows (no twin)")}
 # An input embedding of 1,024 x 128 is paid for by narrower experts; what a token uses stays.
@@ -68,9 +64,8 @@ BASELINES = {
     "adamw": Arm("--model moe --optimizer adamw --lr 0.004", "MoE-only twin, AdamW"),
     "untied": Arm(UNTIED, "MoE-only, untied input embedding"),
     "untied 5": Arm(f"{UNTIED} --embed_lr 5", "MoE-only, untied, five times the rate"),
-    "token alone": engram_arm(f"{TOKEN} --engram_conv_kernel 0",
-                              "current token alone, no convolution"),
-    "no conv": engram_arm("--engram_conv_kernel 0", "Engram without its convolution"),
+    "token alone": Arm(f"{TOKEN} --engram_conv_kernel 0", "current token alone, no convolution"),
+    "no conv": Arm("--model engram --engram_conv_kernel 0", "Engram without its convolution"),
     "engram": ENGRAM}
 RATES = {f"{name} {lr}": Arm(f"{arm.flags} --lr {lr}", f"{arm.title}, rate {lr}")
          for name, arm in (("moe", MOE), ("engram", ENGRAM))
@@ -78,27 +73,28 @@ RATES = {f"{name} {lr}": Arm(f"{arm.flags} --lr {lr}", f"{arm.title}, rate {lr}"
 # Experts are whole: 7, 6, 5, 4 and 2 of 8 stay, and 2 are always active.
 ALLOCATION = {
     "1": Arm(MOE.flags, "rho 1, MoE-only twin"),
-    "0.83": engram_arm("--rho 0.83", "rho 0.83"),
-    "0.67": engram_arm("--rho 0.67", "rho 0.67"),
+    "0.83": Arm("--model engram --rho 0.83", "rho 0.83"),
+    "0.67": Arm("--model engram --rho 0.67", "rho 0.67"),
     "0.5": Arm(ENGRAM.flags, "rho 0.5, Engram"),
-    "0.33": engram_arm("--rho 0.33", "rho 0.33"),
-    "0": engram_arm("--rho 0", "rho 0")}
+    "0.33": Arm("--model engram --rho 0.33", "rho 0.33"),
+    "0": Arm("--model engram --rho 0", "rho 0")}
 # Plain English: some 3.5 MB of TinyStories, prepared as a data set of this name.
 STORIES = {name: TWINS[name] for name in ("moe", "conv", "token", "engram", "large")}
 PASSES = {name: TWINS[name] for name in ("moe", "engram", "large")}
 # Each changes one thing of Engram; the convolution stays as it is.
 CONTROLS = {
     "engram": ENGRAM,
-    "one row": engram_arm("--engram_rows 1", "one row per head: nothing to remember"),
-    "raw": engram_arm("--no-engram_compress", "token ids are hashed, not canonical ids"),
-    "ungated": engram_arm("--engram_gate off", "no gate"),
-    "2-grams": engram_arm("--engram_orders 2 --engram_heads 8 --engram_conv_dilation 3",
-                          "2-grams only"),
-    "4-grams": engram_arm("--engram_orders 2 3 4 --engram_width 11 --engram_conv_dilation 3",
-                          "2-, 3- and 4-grams"),
-    "block 0": engram_arm("--engram_blocks 0", "in block 0 instead of 1"),
-    "block 2": engram_arm("--engram_blocks 2", "in block 2"),
-    "blocks 1 3": engram_arm("--engram_blocks 1 3", "half of it in block 1, half in block 3")}
+    "one row": Arm("--model engram --engram_rows 1", "one row per head: nothing to remember"),
+    "raw": Arm("--model engram --no-engram_compress", "token ids are hashed, not canonical ids"),
+    "ungated": Arm("--model engram --engram_gate off", "no gate"),
+    "2-grams": Arm("--model engram --engram_orders 2 --engram_heads 8 --engram_conv_dilation 3",
+                   "2-grams only"),
+    "4-grams": Arm("--model engram --engram_orders 2 3 4 --engram_width 11 "
+                   "--engram_conv_dilation 3", "2-, 3- and 4-grams"),
+    "block 0": Arm("--model engram --engram_blocks 0", "in block 0 instead of 1"),
+    "block 2": Arm("--model engram --engram_blocks 2", "in block 2"),
+    "blocks 1 3": Arm("--model engram --engram_blocks 1 3",
+                      "half of it in block 1, half in block 3")}
 # Trained so long that in-context copying forms. Of eight experts two are always active, so
 # two alone are no choice.
 LONGER = {
@@ -116,8 +112,7 @@ LONGEST = {"moe": MOE, "conv": TWINS["conv"], "token": TWINS["token"], "engram":
 MEMORY = {
     "4582": Arm(ENGRAM.flags, "4,582 rows per head (Engram)"),
     "73312": Arm("--model large", "73,312 rows per head (16 times)"),
-    "1048576": engram_arm("--engram_rows 1048576", "1,048,576 rows per head")}
-
+    "1048576": Arm("--model engram --engram_rows 1048576", "1,048,576 rows per head")}
 
 # Made-up text, see tasks.py
 TASK = "--preset laptop --dtype float32 --data_dir data --n_embd 64 --n_head 4"
@@ -125,7 +120,7 @@ BOOKS = (f"{TASK} --block_size 128 --batch_size 16 --n_layer 2 --n_expert 16 --e
          "--shared_hidden 16 --balance_step 0.001 --engram_conv_kernel 0")
 RHOS = {"1": ALLOCATION["1"]}
 for rho in ("0.9", "0.75", "0.5", "0.25", "0"):
-    RHOS[rho] = engram_arm(f"--rho {rho}", f"rho {rho}")
+    RHOS[rho] = Arm(f"--model engram --rho {rho}", f"rho {rho}")
 # All experts stay here, and what is added comes on top; so these are not twins.
 RECALL = (f"{TASK} --block_size 64 --batch_size 32 --n_expert 4 --expert_hidden 64 "
           "--shared_hidden 64 --engram_blocks 0 --engram_conv_kernel 0 --rho 0.99 "
