@@ -102,12 +102,13 @@ LONGER = {
     "two": Arm("--model moe --n_expert 2", "two experts, no choice"),
     "one row": CONTROLS["one row"],
     "engram": ENGRAM}
-# A whole pass over the text, three times as long again. Two experts have the twin's compute
-# here. With 52 the twin has the parameters of the larger table, and its compute.
-LONGEST = {"moe": MOE, "conv": TWINS["conv"], "token": TWINS["token"], "engram": ENGRAM,
-           "large": TWINS["large"],
-           "two": Arm("--model moe --n_expert 2 --shared_hidden 86", "two experts, no choice"),
+# A whole pass over the text, three times as long again. With 52 experts the twin has the
+# parameters of the larger table, and its compute.
+LONGEST = {"moe": MOE, "two": LONGER["two"], "conv": TWINS["conv"], "token": TWINS["token"],
+           "engram": ENGRAM, "large": TWINS["large"],
            "many": Arm("--model moe --n_expert 52 --rho 0.06", "MoE-only, 52 experts"),
+           "both": Arm("--model engram --n_expert 52 --rho 0.75",
+                       "Engram, 40 of the 52 experts and a table"),
            "huge": Arm("--model large --large 256", "Engram, 256 times the rows (no twin)")}
 MEMORY = {
     "4582": Arm(ENGRAM.flags, "4,582 rows per head (Engram)"),
@@ -327,7 +328,8 @@ CLAIMS = (("engram", "moe", "Memory instead of experts"),
           ("moe", "fewer", "Eight experts instead of six"),
           ("moe", "two", "Eight experts instead of two"),
           ("many", "moe", "52 experts instead of eight"),
-          ("large", "many", "Memory instead of experts, the larger table and its twin"),
+          ("large", "many", "The larger table instead of as many parameters in experts"),
+          ("both", "many", "A table instead of 12 of the 52 experts"),
           ("one row", "moe", "Engram's module and fewer experts, with nothing to remember"),
           ("engram", "one row", "Something to remember instead of nothing"),
           ("no conv", "token alone", "N-grams instead of single tokens, no convolution"))
@@ -424,7 +426,7 @@ def say_memory(sweep, runs):
 def draw_curves(axes, sweep, runs):
     """Draw the loss against tokens: every seed thin, the mean bold."""
     # an arm looks the same in all pictures
-    styles = dict(zip([*TWINS, "huge", "many"], STYLES))
+    styles = dict(zip([*TWINS, "huge", "many", "both"], STYLES))
     styles |= {"two": STYLES[1], "one row": STYLES[2]}
     for arm, seeds in runs.items():
         curves, (colour, line) = [], styles[arm]
