@@ -35,7 +35,8 @@ COMMITTED = Path(__file__).resolve().parent / "results"
 # how often training saw an n-gram; a bucket ends where the next begins
 BUCKETS = {"never": 0, "1-9": 1, "10-99": 10, "100-999": 100, "1,000 or more": 1000}
 STYLES = (("tab:blue", "-"), ("tab:orange", "--"), ("black", ":"), ("tab:green", "-."),
-          ("tab:red", "-"), ("tab:purple", "--"), ("tab:brown", ":"), ("tab:cyan", "-."), ("tab:olive", "-"))
+          ("tab:red", "-"), ("tab:purple", "--"), ("tab:brown", ":"), ("tab:cyan", "-."),
+          ("tab:olive", "-"))
 
 
 # ---- runs ----------------------------------------------------------------------------
