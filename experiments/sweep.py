@@ -107,7 +107,7 @@ LONGER = {
 LONGEST = {"moe": MOE, "two": LONGER["two"], "conv": TWINS["conv"], "token": TWINS["token"],
            "engram": ENGRAM, "large": TWINS["large"],
            "many": Arm("--model moe --n_expert 52 --rho 0.06", "MoE-only, 52 experts"),
-           "both": Arm("--model engram --n_expert 52 --rho 0.75",
+           "both": Arm("--model engram --n_expert 52 --rho 0.75 --shared_hidden 53",
                        "Engram, 40 of the 52 experts and a table"),
            "huge": Arm("--model large --large 256", "Engram, 256 times the rows (no twin)")}
 MEMORY = {
