@@ -411,6 +411,24 @@ def open_out_dir(cfg):
     return paths
 
 
+def describe_data(cfg, data, memories):
+    """Return lines: how many n-grams share a row of each memory, and how many passes the
+    steps are."""
+    lines = []
+    if memories:
+        # (to count the n-grams of more than 20 million tokens takes too much memory)
+        n = min(cfg.steps * data.sequences_per_step, data.sequences_per_pass,
+                20_000_000 // data.T)
+        trained, _ = data.sequences(data.train, data.order[:n] * data.T)
+        lines = crowding(memories, trained, data.token_bytes)
+    lines += [f"data    {data.name}: {cfg.steps:,} steps x {cfg.tokens_per_step:,} tokens are "
+              f"{data.passes:.2f} passes over {len(data.train):,} tokens;",
+              f"        validated on {data.val_y.size:,} others"]
+    if data.passes > 2:
+        lines.append("        large tables overfit beyond about two: watch the validation loss")
+    return lines
+
+
 def main(argv=None):
     keep_freed_memory()
     cfg, shape = read_flags(argv)
@@ -430,20 +448,9 @@ def main(argv=None):
     except (ValueError, RuntimeError) as error:
         # torch says in many lines that a shape is too large
         fail(str(error).splitlines()[0])
-    # say what is about to happen
-    memories = {name: shapes[name].engram for name in paths if shapes[name].engram}
-    if memories:
-        # (to count the n-grams of more than 20 million tokens takes too much memory)
-        n = min(cfg.steps * data.sequences_per_step, data.sequences_per_pass,
-                20_000_000 // data.T)
-        trained, _ = data.sequences(data.train, data.order[:n] * data.T)
-        lines += crowding(memories, trained, data.token_bytes)
-    lines += [f"data    {data.name}: {cfg.steps:,} steps x {cfg.tokens_per_step:,} tokens are "
-              f"{data.passes:.2f} passes over {len(data.train):,} tokens;",
-              f"        validated on {data.val_y.size:,} others"]
-    if data.passes > 2:
-        lines.append("        large tables overfit beyond about two: watch the validation loss")
     if ranks.RANK == 0:
+        memories = {name: shapes[name].engram for name in paths if shapes[name].engram}
+        lines += describe_data(cfg, data, memories)
         lines.append(f"run     {cfg.dtype} on {machine_name(cfg.device)}")
         print(*lines, sep="\n", flush=True)
     # train one model after the other, or on a CPU side by side

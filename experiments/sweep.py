@@ -106,7 +106,7 @@ LONGER = {
 # parameters of the larger table, and its compute.
 LONGEST = {"moe": MOE, "two": LONGER["two"], "conv": TWINS["conv"], "token": TWINS["token"],
            "engram": ENGRAM, "large": TWINS["large"],
-           "many": Arm("--model moe --n_expert 52 --rho 0.06", "MoE-only, 52 experts"),
+           "many": Arm("--model moe --n_expert 52 --rho 0.06", "MoE-only, 52 experts: the twin of the larger table"),
            "both": Arm("--model engram --n_expert 52 --rho 0.75 --shared_hidden 53",
                        "Engram, 40 of the 52 experts and a table"),
            "huge": Arm("--model large --large 256", "Engram, 256 times the rows (no twin)")}
