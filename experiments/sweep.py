@@ -106,7 +106,8 @@ LONGER = {
 # parameters of the larger table, and its compute.
 LONGEST = {"moe": MOE, "two": LONGER["two"], "conv": TWINS["conv"], "token": TWINS["token"],
            "engram": ENGRAM, "large": TWINS["large"],
-           "many": Arm("--model moe --n_expert 52 --rho 0.06", "MoE-only, 52 experts: the twin of the larger table"),
+           "many": Arm("--model moe --n_expert 52 --rho 0.06",
+                       "MoE-only, 52 experts: the twin of the larger table"),
            "both": Arm("--model engram --n_expert 52 --rho 0.75 --shared_hidden 53",
                        "Engram, 40 of the 52 experts and a table"),
            "huge": Arm("--model large --large 256", "Engram, 256 times the rows (no twin)")}
@@ -368,6 +369,22 @@ def along_the_way(sweep, runs, arm, other):
     return f"{sweep.arms[arm].title} minus {sweep.arms[other].title}: {', '.join(parts)}"
 
 
+def first_read(runs, arm, other):
+    """Return a line: the difference in training loss up to the last evaluation of the first
+    pass. That is a loss on text that no run had read before, as that of validation is, but
+    from the same directories as the text before."""
+    found = []
+    for seed in runs[arm].keys() & runs[other].keys():
+        losses = []
+        for run in (runs[arm][seed], runs[other][seed]):
+            one_pass = last(run)["tokens"] / run["header"]["passes"]
+            losses += [record["train_loss"] for record in run["records"]
+                       if record["tokens"] <= one_pass][-1:]
+        if len(losses) == 2:
+            found.append(losses[0] - losses[1])
+    return f"On training text, when it is read for the first time: {verdict(found)}"
+
+
 def say_longer(sweep, runs):
     """Say what each difference is worth, how some went along the way, and when in-context
     copying formed in each run: when the loss on copyable tokens fell below 6."""
@@ -377,7 +394,7 @@ def say_longer(sweep, runs):
     for arm, other in (("engram", "moe"), ("token", "moe"), ("large", "engram"),
                        ("large", "many")):
         if arm in runs and other in runs:
-            lines.append(along_the_way(sweep, runs, arm, other))
+            lines += [along_the_way(sweep, runs, arm, other), first_read(runs, arm, other)]
     for arm, seeds in runs.items():
         when = []
         for run in seeds.values():
