@@ -106,6 +106,7 @@ LONGER = {
 # parameters of the larger table, and its compute.
 LONGEST = {"moe": MOE, "two": LONGER["two"], "conv": TWINS["conv"], "token": TWINS["token"],
            "engram": ENGRAM, "large": TWINS["large"],
+           "slow": Arm("--model engram --table_lr 1", "Engram, its table at the rate of the rest"),
            "many": Arm("--model moe --n_expert 52 --rho 0.06",
                        "MoE-only, 52 experts: the twin of the larger table"),
            "both": Arm("--model engram --n_expert 52 --rho 0.75 --shared_hidden 53",
@@ -324,6 +325,8 @@ CLAIMS = (("engram", "moe", "Memory instead of experts"),
           ("large", "engram", "More memory at the same compute"),
           ("huge", "large", "16 times as much memory again"),
           ("engram", "token", "N-grams instead of single tokens in the table"),
+          ("slow", "moe", "Memory instead of experts, the table at the rate of the rest"),
+          ("slow", "engram", "The table at the rate of the rest"),
           ("token", "moe", "A table of single tokens instead of experts"),
           ("conv", "moe", "Engram's convolution without a table"),
           ("moe", "fewer", "Eight experts instead of six"),
@@ -391,8 +394,8 @@ def say_longer(sweep, runs):
     lines = say_claims(sweep, runs)
     by_seed = ", ".join(f"{gap:+.3f}" for gap in gaps(runs, "engram", "moe"))
     lines.append(f"Engram minus its twin, seed by seed: {by_seed}")
-    for arm, other in (("engram", "moe"), ("token", "moe"), ("large", "engram"),
-                       ("large", "many")):
+    for arm, other in (("engram", "moe"), ("slow", "moe"), ("token", "moe"),
+                       ("large", "engram"), ("large", "many")):
         if arm in runs and other in runs:
             lines += [along_the_way(sweep, runs, arm, other), first_read(runs, arm, other)]
     for arm, seeds in runs.items():
@@ -443,7 +446,7 @@ def say_memory(sweep, runs):
 def draw_curves(axes, sweep, runs):
     """Draw the loss against tokens: every seed thin, the mean bold."""
     # an arm looks the same in all pictures
-    styles = dict(zip([*TWINS, "huge", "many", "both"], STYLES))
+    styles = dict(zip([*TWINS, "huge", "many", "both", "slow"], STYLES))
     styles |= {"two": STYLES[1], "one row": STYLES[2]}
     for arm, seeds in runs.items():
         curves, (colour, line) = [], styles[arm]
