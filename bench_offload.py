@@ -437,8 +437,6 @@ def draw(result, folder):
     print(f"pictures: {folder}/crossover.png, {folder}/time_line.png")
 
 
-# ---- the command -----------------------------------------------------------------------
-
 def measure(args, setup):
     """Run everything but the paper's setting. Return its figures."""
     sizes = setup["full" if args.full else "rows"]

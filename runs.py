@@ -74,12 +74,8 @@ def flat(shape):
 
 def differences(a, b, ignore=()):
     """Return what two dicts differ in, each as "name (value in a, value in b)"."""
-    found = []
-    for key in {**a, **b}:
-        x, y = a.get(key), b.get(key)
-        if key not in ignore and x != y:
-            found.append(f"{key} ({x}, {y})")
-    return found
+    return [f"{key} ({a.get(key)}, {b.get(key)})" for key in {**a, **b}
+            if key not in ignore and a.get(key) != b.get(key)]
 
 
 def twin_differences(engram, moe):

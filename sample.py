@@ -251,8 +251,6 @@ def draw(tokens, title, path, columns=96, size=9):
     write_whole(Path(path), partial(figure.savefig, dpi=150, format="png"))
 
 
-# ---- the command -----------------------------------------------------------------------
-
 def read_flags(argv):
     parser = make_parser(__doc__, "sample.py [options]")
 

@@ -370,8 +370,6 @@ def save(path, model, backbone, row_adam, state):
     write_whole(path, partial(torch.save, content))
 
 
-# ---- the command -----------------------------------------------------------------------
-
 def read_flags(argv):
     """Return Config and GPTConfig. A flag beats the preset, the preset the default."""
     owners = [(Config, "", "run"), (GPTConfig, "", "model"),

@@ -435,8 +435,6 @@ def draw_zipf(axes, found):
              title="What a cache of the hottest rows serves")
 
 
-# ---- the command ---------------------------------------------------------------------
-
 # {name: (find(pair), say(found), draw(axes, found) or None)}
 ANALYSES = {
     "knockout": (knockout, say_knockout, draw_knockout),

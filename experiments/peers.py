@@ -170,8 +170,6 @@ def update_embedding(table, adam, row_ids):
     adam.zero_grad()
 
 
-# ---- the command -----------------------------------------------------------------------
-
 def optional(name, path=None):
     """Return a module, by its name or its file, or None if it cannot be imported."""
     try:

@@ -70,6 +70,9 @@ BASELINES = {
 RATES = {f"{name} {lr}": Arm(f"{arm.flags} --lr {lr}", f"{arm.title}, rate {lr}")
          for name, arm in (("moe", MOE), ("engram", ENGRAM))
          for lr in ("0.004", "0.008", "0.016")}
+for times in (1, 2):                 # else 5
+    RATES[f"table {times}"] = Arm(f"--model engram --table_lr {times}",
+                                  f"Engram, rate 0.008, its table's {times} times that")
 # Experts are whole: 7, 6, 5, 4 and 2 of 8 stay, and 2 are always active.
 ALLOCATION = {
     "1": Arm(MOE.flags, "rho 1, MoE-only twin"),
@@ -482,8 +485,6 @@ def draw_differences(axes, sweep, runs):
     axes.set(title=sweep.heading, ylabel="loss minus that of "
              f"{sweep.arms[sweep.reference].title}\n(nats per token, same seed)")
 
-
-# ---- the command ---------------------------------------------------------------------
 
 def finished_runs(path, sweep):
     """Return {arm: {seed: run}} of NAME.json, in the order of the sweep's arms."""
