@@ -123,8 +123,7 @@ class Engram(nn.Module):
         super().__init__()
         if not cfg.rows:
             raise ValueError("engram rows are not set: give them, or use twins.make_twins()")
-        self.cfg = cfg
-        self.pad = pad
+        self.cfg, self.pad = cfg, pad
         # A head has as many rows as its prime says. One flat table holds all heads, one
         # after the other.
         primes = np.array(head_primes(cfg)[block])                        # [orders, K]
@@ -182,14 +181,12 @@ class Engram(nn.Module):
             score = score.sign() * score.abs().clamp_min(1e-6).sqrt()
         return torch.sigmoid(score)
 
-    # ---- which rows, and their values
-
     def hash(self, x, history=None):
         """Return, for each token of x, the numbers of the M rows of the flat table that it
         reads, [B, T, M] (section 2 of the paper).
 
-        x: [B, T] canonical ids; history: all ids before them in the text, or the last N-1,
-        None at its start. Each of the last n ids is multiplied by the multiplier of its
+        x: [B, T] canonical ids; history: the ids just before them, N-1 or more, fewer or
+        None near the start of a text. Each of the last n ids is multiplied by the multiplier of its
         place (one for the last id, one for the id before, ...), the products are XORed, and
         the remainder by a head's prime is a row of that head. All heads of an order share the
         XOR, but each has its own prime, so two n-grams that collide in one head rarely do
@@ -223,8 +220,7 @@ class Engram(nn.Module):
 
     def address(self, x, history=None):
         """Return the Address of the tokens x: their row numbers, each once."""
-        all_rows = self.hash(x, history)                                  # [B, T, M]
-        return Address(*all_rows.unique(return_inverse=True))
+        return Address(*self.hash(x, history).unique(return_inverse=True))
 
     def read(self, address):
         """Gather each row of an Address once into one small tensor, the leaf. Autograd

@@ -127,8 +127,8 @@ class Block(nn.Module):
 
 
 class Cache:
-    """What decoding keeps of the text so far: its length, its canonical ids, and for each
-    block a dict of keys, values and the last inputs of convolutions."""
+    """What decoding keeps of the text so far: its length, the last ids that n-grams need,
+    and for each block a dict of keys, values and the last inputs of convolutions."""
 
     def __init__(self, cfg):
         self.length = 0
@@ -205,7 +205,9 @@ class GPT(nn.Module):
         history = cache.history if cache is not None else None
         addresses = [engram.address(x, history) for engram in self.engrams()]
         if cache is not None:
-            cache.history = x if history is None else torch.cat([history, x], dim=1)
+            # keep the last N for the next call, one more than it needs
+            text = x if history is None else torch.cat([history, x], dim=1)
+            cache.history = text[:, -self.cfg.engram.orders[-1]:]
         return addresses
 
     def read(self, addresses):

@@ -34,6 +34,8 @@ def make_twins(cfg, rho):
     Raise ValueError if there are no experts to drop or no row can be paid for."""
     if not cfg.n_expert:
         raise ValueError("n_expert 0: twins need experts")
+    if not 0 <= rho < 1:
+        raise ValueError(f"rho {rho}: must be from 0 (all memory) to below 1 (no memory)")
     given = cfg.engram.rows
 
     # 1. Engram drops routed experts. The top k stay, for they are active and not sparse.
@@ -105,8 +107,8 @@ def crowding(memories, x, token_bytes):
     for name, memory in memories.items():
         shares = [f"{found[order] / rows:.1f} {order}-grams"
                   for order, rows in zip(memory.orders, memory.rows)]
-        lines.append(f"{name:8s}{' and '.join(shares)} of the text share each row (above ten "
-                     "is crowded)")
+        lines.append(f"{name:8s}{' and '.join(shares)} of the text (20M tokens at most) "
+                     "share each row (above ten is crowded)")
     return lines
 
 

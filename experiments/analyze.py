@@ -36,7 +36,7 @@ COMMITTED = Path(__file__).resolve().parent / "results"
 BUCKETS = {"never": 0, "1-9": 1, "10-99": 10, "100-999": 100, "1,000 or more": 1000}
 STYLES = (("tab:blue", "-"), ("tab:orange", "--"), ("black", ":"), ("tab:green", "-."),
           ("tab:red", "-"), ("tab:purple", "--"), ("tab:brown", ":"), ("tab:cyan", "-."),
-          ("tab:olive", "-"), ("tab:pink", "--"))
+          ("tab:pink", "--"))
 
 
 # ---- runs ----------------------------------------------------------------------------

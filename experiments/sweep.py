@@ -112,8 +112,6 @@ LONGEST = {"moe": MOE, "two": LONGER["two"], "conv": TWINS["conv"], "token": TWI
            "slow": Arm("--model engram --table_lr 1", "Engram, its table at the rate of the rest"),
            "many": Arm("--model moe --n_expert 52 --rho 0.06",
                        "MoE-only, 52 experts: the twin of the larger table"),
-           "both": Arm("--model engram --n_expert 52 --rho 0.75 --shared_hidden 53",
-                       "Engram, 40 of the 52 experts and a table"),
            "huge": Arm("--model large --large 256", "Engram, 256 times the rows (no twin)")}
 MEMORY = {
     "4582": Arm(ENGRAM.flags, "4,582 rows per head (Engram)"),
@@ -336,7 +334,6 @@ CLAIMS = (("engram", "moe", "Memory instead of experts"),
           ("moe", "two", "Eight experts instead of two"),
           ("many", "moe", "52 experts instead of eight"),
           ("large", "many", "The larger table instead of as many parameters in experts"),
-          ("both", "many", "A table instead of 12 of the 52 experts"),
           ("one row", "moe", "Engram's module and fewer experts, with nothing to remember"),
           ("engram", "one row", "Something to remember instead of nothing"),
           ("no conv", "token alone", "N-grams instead of single tokens, no convolution"))
@@ -361,8 +358,8 @@ def say_claims(sweep, runs):
     return lines
 
 
-def along_the_way(sweep, runs, arm, other):
-    """Return a line: the mean difference of two arms at eight points along the way."""
+def along_the_way(runs, arm, other):
+    """Return in words the mean difference of two arms at eight points along the way."""
     curves = []
     for seed in runs[arm].keys() & runs[other].keys():
         records, theirs = runs[arm][seed]["records"], runs[other][seed]["records"]
@@ -372,11 +369,11 @@ def along_the_way(sweep, runs, arm, other):
     every, parts = max(1, len(records) // 8), []
     for record, gap in list(zip(records, np.mean(curves, axis=0)))[every - 1::every]:
         parts.append(f"{gap:+.3f} after {record['tokens'] / 1e6:.1f}M tokens")
-    return f"{sweep.arms[arm].title} minus {sweep.arms[other].title}: {', '.join(parts)}"
+    return ", ".join(parts)
 
 
 def first_read(runs, arm, other):
-    """Return a line: the difference in training loss up to the last evaluation of the first
+    """Return a verdict on the difference in training loss up to the last evaluation of the first
     pass. That is a loss on text that no run had read before, as that of validation is, but
     from the same directories as the text before."""
     found = []
@@ -388,7 +385,7 @@ def first_read(runs, arm, other):
                        if record["tokens"] <= one_pass][-1:]
         if len(losses) == 2:
             found.append(losses[0] - losses[1])
-    return f"On training text, when it is read for the first time: {verdict(found)}"
+    return verdict(found)
 
 
 def say_longer(sweep, runs):
@@ -400,7 +397,10 @@ def say_longer(sweep, runs):
     for arm, other in (("engram", "moe"), ("slow", "moe"), ("token", "moe"),
                        ("large", "engram"), ("large", "many")):
         if arm in runs and other in runs:
-            lines += [along_the_way(sweep, runs, arm, other), first_read(runs, arm, other)]
+            pair = f"{sweep.arms[arm].title} minus {sweep.arms[other].title}"
+            lines += [f"{pair}, along the way: {along_the_way(runs, arm, other)}",
+                      f"{pair}, on training text when it is read for the first time: "
+                      f"{first_read(runs, arm, other)}"]
     for arm, seeds in runs.items():
         when = []
         for run in seeds.values():
@@ -446,13 +446,15 @@ def say_memory(sweep, runs):
 
 # ---- pictures ------------------------------------------------------------------------
 
+# an arm looks the same in all pictures
+CURVE_STYLES = dict(zip([*TWINS, "huge", "many", "slow"], STYLES))
+CURVE_STYLES |= {"two": STYLES[1], "one row": STYLES[2]}
+
+
 def draw_curves(axes, sweep, runs):
     """Draw the loss against tokens: every seed thin, the mean bold."""
-    # an arm looks the same in all pictures
-    styles = dict(zip([*TWINS, "huge", "many", "both", "slow"], STYLES))
-    styles |= {"two": STYLES[1], "one row": STYLES[2]}
     for arm, seeds in runs.items():
-        curves, (colour, line) = [], styles[arm]
+        curves, (colour, line) = [], CURVE_STYLES[arm]
         for run in seeds.values():
             curves.append([record["val_loss"] for record in run["records"]])
             millions = [record["tokens"] / 1e6 for record in run["records"]]

@@ -66,6 +66,7 @@ def test_train_accepts_every_arm():
             if "--model moe" not in arm.flags and not shape.engram.rows:
                 make_twins(shape, cfg.rho)
         assert len(set(shapes)) == len(shapes), name
+        assert kind.draw != sweep.draw_curves or kind.arms.keys() <= sweep.CURVE_STYLES.keys()
         assert kind.reference in kind.arms and cfg.model == arm.flags.split()[1]
 
 
