@@ -107,7 +107,9 @@ LONGER = {
     "engram": ENGRAM}
 # A whole pass over the text, three times as long again. With 52 experts the twin has the
 # parameters of the larger table, and its compute.
-LONGEST = {"moe": MOE, "two": LONGER["two"], "conv": TWINS["conv"], "token": TWINS["token"],
+LONGEST = {"moe": MOE, "half": Arm("--model moe --n_expert 4", "MoE-only, half of the experts"),
+           "two": Arm("--model moe --n_expert 2 --shared_hidden 86", "two experts, no choice"),
+           "conv": TWINS["conv"], "token": TWINS["token"],
            "engram": ENGRAM, "large": TWINS["large"],
            "slow": Arm("--model engram --table_lr 1", "Engram, its table at the rate of the rest"),
            "many": Arm("--model moe --n_expert 52 --rho 0.06",
