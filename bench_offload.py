@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from common import (commit, fail, free_memory, keep_freed_memory, machine_name,
-                    make_parser, new_figure, run_script, write_json)
+                    make_parser, new_figure, run_script, to_device, write_json)
 from engram import Address, Engram, EngramConfig, RowAdam
 from model import GPT, Cache, GPTConfig
 from offload import Fetch, take
@@ -147,8 +147,7 @@ def forward(bench, idx, targets=None, cache=None):
     """Call the model on tokens that are on the host. Return its loss or logits, and the
     reads."""
     reads = bench.model.read(bench.model.addresses(idx, cache))
-    idx = idx.to(bench.device, non_blocking=True)
-    logits, loss = bench.model(idx, targets, reads, cache)
+    logits, loss = bench.model(to_device(idx, bench.device), targets, reads, cache)
     return logits if loss is None else loss, reads
 
 

@@ -99,6 +99,14 @@ def machine_name(device):
     return name if device == "cpu" else f"{device}, {name}"
 
 
+def to_device(tensor, device):
+    """Copy a tensor from the host to a device. A GPU copies from pinned memory when its turn
+    comes; for any other memory the host may have to wait until then."""
+    if str(device).startswith("cuda"):
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def peak_bytes(device):
     """Return the most memory held so far, by the process or by an accelerator's tensors."""
     import torch

@@ -44,7 +44,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import check_fields, opt
+from common import check_fields, opt, to_device
 
 
 @dataclass
@@ -228,12 +228,12 @@ class Engram(nn.Module):
         device."""
         row_ids, device = address.row_ids, self.value.weight.device
         if self.fetch is None:
-            row_ids = row_ids.to(device, non_blocking=True)
+            row_ids = to_device(row_ids, device)
             leaf, ready = self.table.index_select(0, row_ids), None
         else:
             leaf, ready = self.fetch.start(self.table, row_ids, device)
         leaf.requires_grad_(torch.is_grad_enabled())
-        return Read(row_ids, leaf, address.inverse.to(device, non_blocking=True), ready)
+        return Read(row_ids, leaf, to_device(address.inverse, device), ready)
 
 
 class ShortConv(nn.Module):

@@ -27,8 +27,10 @@ class Muon(torch.optim.Optimizer):
         batches = defaultdict(list)
         for group in self.param_groups:
             for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 0.05)
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                momentum = state["momentum"].lerp_(p.grad, 0.05)
                 # Nesterov's momentum looks one step ahead
                 update = matrices(p.grad.lerp(momentum, 0.95), group["parts"])
                 p.mul_(1 - group["lr"] * group["weight_decay"])

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import ranks
 from arms import Progress, side_by_side
 from common import (check_fields, fail, free_memory, keep_freed_memory, machine_name,
-                    new_figure, opt, peak_bytes, run_script, write_whole)
+                    new_figure, opt, peak_bytes, run_script, to_device, write_whole)
 from engram import EngramConfig, RowAdam, canonical_ids
 from flags import build, faster_dtype, parse
 from model import GPT, GPTConfig, hash_probe, load_checkpoint, token_losses, watch
@@ -196,10 +196,7 @@ def prepare(step, data, model, cfg):
     nothing to train: return those of the last one."""
     batch = data.batch(min(step, cfg.steps - 1), ranks.RANK, ranks.RANKS)
     x, y = map(torch.from_numpy, batch)
-    # before the copies, which may have to wait for a GPU
-    addresses = model.addresses(x)
-    return (x.to(cfg.device, non_blocking=True), y.to(cfg.device, non_blocking=True),
-            addresses)
+    return to_device(x, cfg.device), to_device(y, cfg.device), model.addresses(x)
 
 
 def start(name, path, shape, cfg, data):
