@@ -40,7 +40,8 @@ class Progress:
         if loss is not None:
             self.losses[name] = f"{loss:.3f}"
             self.bar.set_postfix(self.losses, refresh=False)
-        elif name == TWIN:
+        if name == TWIN and loss is None:
+            # at its start, and after an evaluation
             self.twin_step = step
         if record is not None:
             self.waiting.append((name, record))

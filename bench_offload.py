@@ -153,11 +153,13 @@ def forward(bench, idx, targets=None, cache=None):
 
 @torch.inference_mode()
 def prompts(bench, batches):
-    """Run the model on each batch of prompts. Return the reads."""
-    reads = []
+    """Run the model on each batch of prompts. Return the ms that it took."""
+    began, reads = bench.now(), []
     for idx in batches:
         reads += forward(bench, idx)[1]
-    return reads
+    ms = bench.now() - began
+    bench.trust(reads)
+    return ms
 
 
 @torch.inference_mode()
@@ -180,6 +182,7 @@ def make_training(bench):
     adam = torch.optim.AdamW(bench.model.parameters(), lr=1e-5, fused=True)
 
     def training(bench, batches):
+        began = bench.now()
         for idx in batches:
             loss, reads = forward(bench, idx, idx.roll(-1, 1).to(bench.device))
             loss.backward()
@@ -187,6 +190,7 @@ def make_training(bench):
             adam.zero_grad()
             if reads:
                 row_adams[bench.engram.table].step(reads, 1e-5)
+        return bench.now() - began
 
     return training
 
@@ -210,7 +214,8 @@ def transfer(bench, table, row_ids):
 
 
 def measure_rounds(bench, work, n, shapes, arms=None):
-    """Return {arm: ms [n]}: the arms in turn, each round with new tokens."""
+    """Return {arm: [n]}, the ms that work(bench, batches) returns: the arms in turn, each
+    round with new tokens."""
     times = {arm: [] for arm in arms or bench.arms}
     # the first two rounds warm up
     for _ in range(n + 2):
@@ -218,10 +223,7 @@ def measure_rounds(bench, work, n, shapes, arms=None):
         # in a random order: who comes later finds rows and weights in a cache
         for arm in random.sample(list(times), len(times)):
             bench.use(arm)
-            ms, reads = bench.ms(work, bench, batches)
-            times[arm].append(ms)
-            if arm in (SYNCHRONOUS, PREFETCHED) and reads:
-                bench.trust(reads)
+            times[arm].append(work(bench, batches))
     return {arm: np.array(ms[2:]) for arm, ms in times.items()}
 
 
@@ -272,9 +274,10 @@ def time_line(bench, idx):
     spans, start = [], bench.now()
 
     def timed(who, what, call, *args):
-        began = bench.now() - start
+        # of the host: with a GPU, a block's span is the time to queue it
+        began = time.perf_counter() * 1e3 - start
         result = call(*args)
-        spans.append((who, what, began, bench.now() - start))
+        spans.append((who, what, began, time.perf_counter() * 1e3 - start))
         return result
 
     engram, fetch, blocks = bench.engram, bench.engram.fetch, bench.model.blocks
@@ -371,15 +374,7 @@ def latency(bench, n):
     lines = [f"decoding, ms between two tokens (n={n * NEW}): median, 99th percentile, over a "
              f"{describe_link(bench.gbps)}"]
     for B in (1, 8, 64):
-        times = {arm: [] for arm in bench.arms}
-        for i in range(n + 1):
-            for arm in random.sample(list(times), len(times)):
-                bench.use(arm)
-                ms = decode(bench, bench.batches([(B, 1)] * NEW))
-                # the first round warms up
-                if i > 0:
-                    times[arm] += ms.tolist()
-        for arm, ms in times.items():
+        for arm, ms in measure_rounds(bench, decode, n, [(B, 1)] * NEW).items():
             middle, late = np.percentile(ms, (50, 99))
             lines.append(f"  batch {B:3d}  {arm:14s}{middle:10.2f}{late:10.2f}")
     print("", *lines, sep="\n", flush=True)
@@ -460,7 +455,7 @@ def measure(args, setup):
     result["latency"] = latency(bench, few // 2)
     result["training"] = compare(bench, f"a training step, {size} random tokens",
                                  make_training(bench), few, prompt, passes=3)
-    print(f"  {bench.compared:,} rows that were fetched for prompts from this table were "
+    print(f"  {bench.compared:,} rows that were read for prompts from this table were "
           "compared with rows read again: all equal")
     # over a link four times slower it takes two to three blocks to hide the transfer
     bench = Bench(setup, args.device, sizes[0], gbps / 4)

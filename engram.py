@@ -255,16 +255,14 @@ class ShortConv(nn.Module):
         """cache: a dict; under self, the last (kernel - 1) * dilation inputs, normalised, for
         the next chunk of a text."""
         T, kernel = x.size(1), len(self.taps)
-        reach = (kernel - 1) * self.dilation
         x = self.norm(x)
         # put what came before in front of x: zeros where the text begins
         if cache is not None and self in cache:
             x = torch.cat([cache[self].to(x), x], dim=1)
         else:
-            x = F.pad(x, (0, 0, reach, 0))
+            x = F.pad(x, (0, 0, (kernel - 1) * self.dilation, 0))
         if cache is not None:
-            # (x[:, -reach:] would be all of x if reach is 0)
-            cache[self] = x[:, x.size(1) - reach:]
+            cache[self] = x[:, T:]
         # the last tap sees the token itself, the one before it sees `dilation` back, ...
         shifted = [x[:, j * self.dilation:j * self.dilation + T] for j in range(kernel)]
         return F.silu(sum(tap * past for tap, past in zip(self.taps, shifted, strict=True)))
@@ -298,20 +296,18 @@ class RowAdam:
 
     @torch.no_grad()
     def step(self, reads, lr):
-        """Update each table from its Read: leaf holds the rows' values, leaf.grad their
-        gradient."""
+        """Update each table from its Read: leaf.grad is the gradient of rows row_ids."""
         # eps is tiny, because a row's gradient can be
         beta1, beta2, eps = 0.9, 0.95, 1e-15
         for table, state, read in zip(self.tables, self.state, reads, strict=True):
-            row_ids = read.row_ids.to(table.device)
-            # the table may be in host memory, and the leaf on a GPU
-            values = read.leaf.to(table.device)
-            grad = read.leaf.grad.to(table.device)
+            # the table may be in host memory, and the gradient on a GPU
+            row_ids, grad = read.row_ids.to(table.device), read.leaf.grad.to(table.device)
             visits = state["visits"].index_select(0, row_ids) + 1         # [U, 1]
             m = state["exp_avg"].index_select(0, row_ids).lerp_(grad, 1 - beta1)
             v = state["exp_avg_sq"].index_select(0, row_ids).lerp_(grad.square(), 1 - beta2)
             denom = (v / (1 - beta2 ** visits)).sqrt_().add_(eps)
-            values = values - lr * (m / (1 - beta1 ** visits)) / denom
+            values = table.index_select(0, row_ids)
+            values -= lr * (m / (1 - beta1 ** visits)) / denom
             table.index_copy_(0, row_ids, values)
             state["exp_avg"].index_copy_(0, row_ids, m)
             state["exp_avg_sq"].index_copy_(0, row_ids, v)

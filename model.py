@@ -176,20 +176,13 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def reset(self):
-        """Initialise as GPT-2 does, branch outputs scaled by the number of branches.
-        Raise ValueError for a parameter that is left out."""
+        """Initialise matrices as GPT-2 does, branch outputs scaled by the number of branches."""
         for name, p in self.named_parameters():
-            kind = name.split(".", 2)[-1]        # attn.out.weight of blocks.3.attn.out.weight
+            # Engram.reset has done it; RMSNorm starts with ones, taps with zeros
             if ".engram." in name or "norm" in name or name == "conv.taps":
-                # Engram.reset has done it; RMSNorm starts with ones, taps with zeros
-                pass
-            elif kind in ("attn.out.weight", "moe.w_out", "moe.shared.w_out.weight"):
-                p.normal_(std=0.02 / math.sqrt(2 * self.cfg.n_layer))
-            elif kind in ("attn.qkv.weight", "moe.router.weight", "moe.w_in",
-                          "moe.shared.w_in.weight") or "embed" in name:
-                p.normal_(std=0.02)
-            else:
-                raise ValueError(f"nobody initialises parameter {name}")
+                continue
+            branch_output = name.endswith((".attn.out.weight", ".w_out", ".w_out.weight"))
+            p.normal_(std=0.02 / math.sqrt(2 * self.cfg.n_layer) if branch_output else 0.02)
 
     def engrams(self):
         return [block.engram for block in self.blocks if block.engram is not None]
@@ -205,7 +198,7 @@ class GPT(nn.Module):
         history = cache.history if cache is not None else None
         addresses = [engram.address(x, history) for engram in self.engrams()]
         if cache is not None:
-            # keep the last N for the next call, one more than it needs
+            # N - 1 would do, but [:, -0:] would keep all
             text = x if history is None else torch.cat([history, x], dim=1)
             cache.history = text[:, -self.cfg.engram.orders[-1]:]
         return addresses
@@ -256,13 +249,14 @@ class GPT(nn.Module):
 
 def parameters_by_kind(model):
     """Return {kind: how many numbers}, each counted once."""
+    # in this order: the first mark that a name holds tells its kind
     kinds = {".engram.": "engram projections", "embed.": "embedding",
              "embed_in.": "input embedding", "norm": "norms", "conv.": "convolution",
              ".attn.": "attention", ".router.": "router", ".shared.": "shared experts",
              ".w_": "routed experts"}
     count = dict.fromkeys(kinds.values(), 0)
     for name, p in model.named_parameters():
-        # the first mark that fits; a parameter that no mark fits is an error
+        # a parameter that no mark fits is an error
         mark = next(mark for mark in kinds if mark in name)
         count[kinds[mark]] += p.numel()
     count["engram tables"] = sum(engram.table.numel() for engram in model.engrams())
@@ -272,7 +266,8 @@ def parameters_by_kind(model):
 def accounting(model):
     """Return the paper's quantities. P_tot: all parameters except the vocabulary
     embedding, which is also the head. P_act: those that one token uses (of tables, the
-    rows that it reads). P_sparse = P_tot - P_act. And per token: forward FLOPs of matmuls
+    rows that it reads). P_sparse = P_tot - P_act; rho, the share of it that sits in
+    experts. And per token: forward FLOPs of matmuls
     (2 per active weight, the head included, plus attention at full context) and bytes
     read from the tables. Rows that are not read cost neither."""
     cfg, count = model.cfg, parameters_by_kind(model)
@@ -289,7 +284,8 @@ def accounting(model):
     weights = used - count["norms"] + count["embedding"]
     attention = 2 * 2 * cfg.n_layer * cfg.block_size * cfg.n_embd
     return {"parameters": sum(count.values()), "P_tot": total, "P_act": active,
-            "P_sparse": total - active, "table_parameters": count["engram tables"],
+            "P_sparse": total - active, "rho": idle / max(1, total - active),
+            "table_parameters": count["engram tables"],
             "flops_per_token": 2 * weights + attention,
             "bytes_read_per_token": values_read * model.embed.weight.element_size()}
 

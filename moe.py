@@ -105,7 +105,8 @@ class MoE(nn.Module):
         # sort the pairs; pair p belongs to token p // k
         expert, pair = chosen.flatten().sort(stable=True)              # [S * k] both
         size, total = counts, chosen.numel()
-        position = torch.arange(total, device=x.device)
+        # row: where a sorted pair stands among the rows that are multiplied
+        row = torch.arange(total, device=x.device)
         if bf16 and not on_gpu:
             # oneDNN compiles a kernel for every new shape, and the slices have new
             # lengths in each step. Rounded up to 64 rows there are few shapes: a step
@@ -113,11 +114,11 @@ class MoE(nn.Module):
             size = (counts + 63) // 64 * 64
             total = int(size.sum())
             padding_before = (size - counts).cumsum(0) - (size - counts)       # [E]
-            position = position + padding_before[expert]
-        # row_of_pair: the sorted row of each pair; token: the token of each sorted row (of
-        # padding: token 0, whose result nobody takes)
-        row_of_pair = torch.empty_like(pair).index_copy_(0, pair, position)
-        token = pair.new_zeros(total).index_copy_(0, position, pair // self.top_k)
+            row = row + padding_before[expert]
+        # row_of_pair undoes the sort. token: whose vector each row holds (of padding: token
+        # 0, whose result nobody takes)
+        row_of_pair = torch.empty_like(pair).index_copy_(0, pair, row)
+        token = pair.new_zeros(total).index_copy_(0, row, pair // self.top_k)
         # two matmuls per expert, on its slice
         h = x.index_select(0, token)                                   # [total, D]
         gate, up = expert_matmul(h, self.w_in.to(x.dtype), size, grouped).chunk(2, dim=-1)

@@ -40,13 +40,14 @@ class Muon(torch.optim.Optimizer):
             updates = [update.reshape(-1, a, b) for _, update, _ in batch]
             sizes = [len(update) for update in updates]
             steps = orthogonal(torch.cat(updates).to(self.dtype)).to(updates[0]).split(sizes)
-            for (p, _, lr), step in zip(batch, steps, strict=True):
+            for (weights, _, lr), step in zip(batch, steps, strict=True):
                 # numbers of the size of Adam's: rate and decay are the same
-                p.sub_(step.view(p.shape), alpha=0.2 * max(a, b) ** 0.5 * lr)
+                weights.sub_(step.view(weights.shape), alpha=0.2 * max(a, b) ** 0.5 * lr)
 
 
 def matrices(x, parts):
-    """Return a view of a parameter's matrices, [parts, a, b] or [E, parts, a, b]."""
+    """Return a parameter's matrices, [parts, a, b] or [E, parts, a, b], as a view: what is
+    subtracted from it moves the parameter."""
     if x.ndim == 2:
         return x.view(parts, -1, x.size(1))
     return x.unflatten(-1, (parts, -1)).movedim(-2, 1)

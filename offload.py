@@ -32,7 +32,7 @@ On a CPU there are neither queues nor copies: the worker gathers straight into l
 ready() waits for the worker. The table itself is not pinned: the GPU never touches it.
 """
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 import torch
@@ -63,12 +63,8 @@ class Fetch:
         # Engram.read() makes leaf require a gradient, and then it cannot be written to; the
         # worker writes to the same memory by a detached tensor
         job = partial(self.gather, table, row_ids, leaf.detach(), free)
-        if self.worker is not None:
-            wait_for_copied = self.worker.submit(job).result
-        else:
-            # each micro-batch calls ready(), but only the first call is to gather
-            wait_for_copied = cache(job)
-        return leaf, partial(self.finish, wait_for_copied, leaf)
+        gathered = self.worker.submit(job).result if self.worker else job
+        return leaf, partial(self.finish, gathered, leaf)
 
     def gather(self, table, row_ids, leaf, free):
         """Fill leaf. For a GPU, return the event behind the copy that fills it. free: see
@@ -103,9 +99,9 @@ class Fetch:
 
     # a compiler cannot wait for a thread
     @torch.compiler.disable
-    def finish(self, wait_for_copied, leaf):
+    def finish(self, gathered, leaf):
         """Wait for the worker and, on a GPU, queue what comes next behind the copy."""
-        copied = wait_for_copied()
+        copied = gathered()
         if copied is not None:
             torch.cuda.current_stream(leaf.device).wait_event(copied)
 
@@ -125,17 +121,20 @@ def take(table, row_ids, out):
 def place(model, device, where="resident", prefetch=True):
     """Move a GPT to device. where: the place of its tables. "resident" moves them too;
     "host" and "disk" leave them on the CPU, or in the file that load_checkpoint mapped."""
-    if where == "resident":
-        model.to(device)
-        return
-    # take the tables off the model, move the rest, and put them back
-    tables = [engram.table for engram in model.engrams()]
-    for engram in model.engrams():
-        engram.table = None
+    tables, fetch = [engram.table for engram in model.engrams()], None
+    if where != "resident":
+        # take the tables off the model while the rest moves
+        fetch = Fetch(prefetch)
+        for engram in model.engrams():
+            engram.table = None
     model.to(device)
-    fetch = Fetch(prefetch)
     for engram, table in zip(model.engrams(), tables, strict=True):
-        engram.table, engram.fetch = table, fetch
+        engram.fetch = fetch
+        if fetch is not None:
+            engram.table = table
+    # an accelerator that nobody has tried may err in silence
+    if torch.device(device).type not in ("cpu", "cuda"):
+        check_rows(model, torch.arange(1024)[None] % model.cfg.vocab_size)
 
 
 def check_rows(model, idx):

@@ -243,11 +243,14 @@ def choose(files, max_mb):
         if size <= 1.2 * wanted[package]:
             val.add(folder)
             wanted[package] -= size
-    # Share the cap: small packages are taken whole, the larger ones give the same each. If the
-    # i smallest are whole, the others give what is left in equal parts; the largest such part
-    # is the true one.
-    cap, sizes = max_mb * 1e6 or sum(total.values()), sorted(total.values())
-    limit = max((cap - sum(sizes[:i])) / (len(sizes) - i) for i in range(len(sizes)))
+    # share the cap: each package gives as much as any other, or all that it has
+    sizes = sorted(total.values())
+    left = max_mb * 1e6 or sum(sizes)
+    for i, size in enumerate(sizes):
+        limit = left / (len(sizes) - i)
+        if size > limit:
+            break
+        left -= size
     room = Counter()
     for (package, folder), size in folders.items():
         room[package, folder in val] += min(1, limit / total[package]) * size
@@ -455,24 +458,29 @@ def build(folder, args):
 
 # ---- what train.py sees ----------------------------------------------------------------
 
-def find(name, device="cpu", data_dir="data"):
-    """Return the name of a data set, prepared if need be. "auto" is tinystories on an
-    accelerator, otherwise python."""
-    if name == "auto":
-        name = "python" if device == "cpu" else "tinystories"
+def find(name, data_dir="data"):
+    """Prepare a data set if need be."""
     if name in DEFAULT_MB and not (Path(data_dir) / name / "meta.json").exists():
         main([name, "--data_dir", str(data_dir)])
-    return name
+
+
+def grams(tokens, order, vocab_size):
+    """Return a number for each n-gram that lies within a row of tokens [n, L]. Where the
+    number of a long one passes 2**63 it wraps: with an odd base, a hash of 64 bits."""
+    base, found = vocab_size | 1, np.zeros((len(tokens), tokens.shape[1] + 1), np.int64)
+    for k in range(order):
+        found = found[:, :-1] * base + tokens[:, k:]
+    return found
 
 
 class Data:
     """Token sequences of a prepared data set. Each pass takes every sequence once, in an
     order of its own that the seed sets. The validation set never changes."""
 
-    def __init__(self, name, data_dir, block_size, sequences_per_step, steps, seed,
-                 eval_tokens, device="cpu"):
-        self.name = find(name, device, data_dir)
-        self.meta, self.train, val = load(self.name, data_dir)
+    def __init__(self, name, data_dir, block_size, sequences_per_step, steps, seed, eval_tokens):
+        find(name, data_dir)
+        self.name = name
+        self.meta, self.train, val = load(name, data_dir)
         self.T, self.sequences_per_step = block_size, sequences_per_step
         # a sequence needs one token more, the target of its last one
         shortest = min(len(self.train), len(val))
@@ -517,9 +525,7 @@ class Data:
 
     def grams(self, x, y, order):
         """Return, as numbers, the n-grams that lie within each sequence and its target."""
-        z = np.concatenate([x, y[:, -1:]], axis=1)
-        base, width = len(self.bytes), self.T + 2 - order
-        return sum(z[:, k:width + k] * base ** k for k in range(order))
+        return grams(np.concatenate([x, y[:, -1:]], axis=1), order, len(self.bytes))
 
     def count(self, n, order):
         """Return two arrays [n_val, T] about the n-gram that ends with each validation

@@ -6,8 +6,8 @@ Several processes on one machine, a share of each step's sequences for each of t
 The idea: all processes (ranks) hold the same backbone and apply the same gradient, the mean
 over the ranks, so they stay equal. Of a table they exchange the rows that a step has read,
 with their gradients. A resident table is updated by every rank in the same way. With
---table host there is one table for all, in memory that the ranks share, and a row is
-updated by one of them, its owner: no locks, and no update is lost.
+--table host there is one table for all, in memory that the ranks share; rank 0 updates it
+and keeps its moments, and the others wait.
 
 Without torchrun there is one rank, and every function here returns at once.
 """
@@ -17,7 +17,7 @@ from tempfile import NamedTemporaryFile
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector
 
 from engram import Read
 
@@ -37,25 +37,15 @@ def begin(device):
     return device
 
 
-def in_turn(call):
-    """Return call(), on rank 0 first: what it has prepared, the others find."""
-    if RANK > 0:
-        dist.barrier()
-    result = call()
-    if RANKS > 1 and RANK == 0:
-        dist.barrier()
-    return result
-
-
-def of_first(value):
-    """Return the value that rank 0 gives."""
-    values = [value]
+def of_first(call):
+    """Return call() of rank 0; the others wait for it."""
+    values = [call() if RANK == 0 else None]
     if RANKS > 1:
         dist.broadcast_object_list(values)
     return values[0]
 
 
-def meet(loss, model, moes, reads, tables):
+def meet(loss, model, moes, reads):
     """After the backward pass, give all ranks the same loss, gradients and load of experts.
     Return reads of the rows that any rank has read."""
     if RANKS == 1:
@@ -64,12 +54,15 @@ def meet(loss, model, moes, reads, tables):
     tensors = [loss, *(p.grad for p in model.parameters()), *(moe.load for moe in moes)]
     message = parameters_to_vector(tensors)
     dist.all_reduce(message)
-    vector_to_parameters(message / RANKS, tensors)
-    return [exchange(read, table) for read, table in zip(reads, tables, strict=True)]
+    means = (message / RANKS).split([tensor.numel() for tensor in tensors])
+    for tensor, mean in zip(tensors, means, strict=True):
+        tensor.copy_(mean.view_as(tensor))
+    return [exchange(read) for read in reads]
 
 
-def exchange(read, table):
-    """Return a Read of all ranks' rows, with the mean of their gradients."""
+def exchange(read):
+    """Return a Read of all ranks' rows, with the mean of their gradients. It is for
+    RowAdam.step alone: its leaf has no values."""
     grad = read.leaf.grad
     # ranks have read different numbers of rows: fill up to the longest with row -1
     longest = torch.tensor(len(grad), device=grad.device)
@@ -80,14 +73,8 @@ def exchange(read, table):
     # each row once, as in Engram.read
     row_ids, inverse = row_ids.unique(return_inverse=True)
     grad = grads.new_zeros(len(row_ids), grads.size(1)).index_add_(0, inverse, grads)
-    real = row_ids >= 0
-    return with_gradient(table, row_ids[real], grad[real])
-
-
-def with_gradient(table, row_ids, grad):
-    """Return a Read for RowAdam.step alone: rows [U] of table, all different, and their
-    gradient [U, d], added up over the ranks."""
-    leaf = table[row_ids.to(table.device)].to(grad.device).requires_grad_()
+    row_ids, grad = row_ids[row_ids >= 0], grad[row_ids >= 0]
+    leaf = torch.empty_like(grad, requires_grad=True)
     leaf.grad = grad
     return Read(row_ids, leaf, inverse=None, ready=None)
 
@@ -99,37 +86,34 @@ def gather(tensor):
     return torch.cat(parts)
 
 
-def update(row_adam, reads, lr):
-    """Update the tables; if all ranks share them, each rank the rows that it owns."""
-    # (a tensor on a GPU always says that it is shared)
-    one_table = any(table.is_shared() and not table.is_cuda for table in row_adam.tables)
-    if RANKS == 1 or not one_table:
+def one_table(model):
+    """Do all ranks share a table in host memory?"""
+    return RANKS > 1 and any(engram.fetch for engram in model.engrams())
+
+
+def update(model, row_adam, reads, lr):
+    """Update the tables. One that all ranks share is updated by rank 0."""
+    if RANK == 0 or not one_table(model):
         row_adam.step(reads, lr)
-        return
-    owned = []
-    for read, table in zip(reads, row_adam.tables, strict=True):
-        mine = read.row_ids % RANKS == RANK
-        owned.append(with_gradient(table, read.row_ids[mine], read.leaf.grad[mine]))
-    row_adam.step(owned, lr)
-    # nobody reads a row before its owner has written it
-    dist.barrier()
+    if one_table(model):
+        # nobody reads a row before it is written
+        dist.barrier()
 
 
 def share_tables(model, row_adam):
-    """Have all ranks use one table, with its moments, if it is in host memory."""
-    for i, engram in enumerate(model.engrams()):
-        if RANKS > 1 and engram.fetch is not None:
+    """Have all ranks use one table, if it is in host memory. Its moments stay with rank 0."""
+    if one_table(model):
+        for i, engram in enumerate(model.engrams()):
             engram.table = row_adam.tables[i] = share(engram.table)
-            state = row_adam.state[i]
-            for key in state:
-                state[key] = share(state[key])
+            if RANK > 0:
+                row_adam.state[i] = None
 
 
 def share(tensor):
     """Return a tensor in memory that all ranks share, with the values of rank 0."""
     folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
     with NamedTemporaryFile(dir=folder) as file:
-        name = of_first(file.name)
+        name = of_first(lambda: file.name)
         if RANK == 0:
             # too little room is found here, not when a page is written
             os.posix_fallocate(file.fileno(), 0, tensor.nbytes)

@@ -20,7 +20,8 @@ from model import accounting, parameters_by_kind
 
 MODELS = {"moe": "MoE-only twin", "engram": "Engram", "large": "Engram, larger table"}
 
-# Two runs may differ in these: they do not change what is computed.
+# Two runs may differ in these: they do not change what is computed, or what they lead to is
+# compared itself (shape, rows, hashes of the data).
 HARMLESS = ("resume", "model", "preset", "out_dir", "data_dir", "dataset", "device", "table",
             "compile", "batch_size", "eval_every", "large")
 

@@ -26,14 +26,15 @@ import torch.nn.functional as F
 from common import fail, make_parser, new_figure, run_script, write_whole
 from engram import RowAdam
 from flags import check_device
-from offload import check_rows, place
+from offload import place
 from prepare_data import encode_text, encoding, load
 from model import generate, load_checkpoint, token_losses, watch
 
 
 def complete(model, enc, ids, seed=0, **how):
-    """Continue the tokens ids. Yield (token, text) as soon as it is known; an end of text is
-    always the last. how: max_new_tokens, temperature, ... of model.generate.
+    """Continue the tokens ids, up to an end of text. Yield ([token], text) as soon as it is
+    known, and ([], rest of the text) at the end. how: max_new_tokens, temperature, ... of
+    model.generate.
 
     Bytes that are not yet a whole character wait for the rest of it. If the sample ends
     before that, they appear as a replacement character."""
@@ -44,8 +45,8 @@ def complete(model, enc, ids, seed=0, **how):
     for token in generate(model.eval(), idx, generator=generator, **how):
         if token == enc.eot_token:
             break
-        yield token, decoder.decode(enc.decode_single_token_bytes(token))
-    yield enc.eot_token, decoder.decode(b"", final=True)
+        yield [token], decoder.decode(enc.decode_single_token_bytes(token))
+    yield [], decoder.decode(b"", final=True)
 
 
 def prompt_tokens(prompt, enc, block_size):
@@ -71,14 +72,14 @@ def write(args, model, enc, start, seed):
     made, began = [], time.perf_counter()
     pairs = complete(model, enc, start, seed, max_new_tokens=args.max_new_tokens,
                      temperature=args.temperature, top_k=args.top_k)
-    for token, text in pairs:
-        made.append(token)
+    for tokens, text in pairs:
+        made += tokens
         print(text, end="", flush=True)
     print(flush=True)
     # the speed is no part of the text: it goes to stderr
-    n, seconds = len(made) - 1, time.perf_counter() - began
+    n, seconds = len(made), time.perf_counter() - began
     print(f"[seed {seed}: {n} tokens, {n / seconds:.0f} tokens/s]", file=sys.stderr)
-    return start + made[:-1]
+    return start + made
 
 
 # ---- what the memory did ---------------------------------------------------------------
@@ -318,8 +319,6 @@ def main(argv=None):
     if args.max_new_tokens == 0 and not (args.shade and len(start) > 1):
         fail("--max_new_tokens 0: nothing to do without a --prompt and --memory or --gates")
     place(model, device, args.table)
-    if device.type not in ("cpu", "cuda"):
-        check_rows(model, torch.tensor([start]))
     if args.write:
         start = write_and_say(args.write[1], saved, model.eval(), enc, start)
         if args.save:
@@ -332,7 +331,7 @@ def main(argv=None):
         ids = start
         if args.max_new_tokens:
             ids = write(args, model, enc, start, args.seed + i)
-        if args.shade:
+        if args.shade and len(ids) > 1:
             show(args, model, enc, ids)
 
 

@@ -33,8 +33,8 @@ from engram import EngramConfig, RowAdam, canonical_ids
 from flags import build, faster_dtype, parse
 from model import GPT, GPTConfig, hash_probe, load_checkpoint, token_losses, watch
 from muon import Muon
-from offload import check_rows, place
-from prepare_data import Data
+from offload import place
+from prepare_data import Data, find
 from runs import HARMLESS, compare, describe, differences, flat, plot, write_log
 from twins import count, crowding, shapes_of
 
@@ -73,8 +73,8 @@ class Config:
     batch_size: int = optim_opt(8, "sequences per forward pass; a step's gradients are "
                                 "averaged, so this changes memory and speed only", least=1)
     lr: float = optim_opt(8e-3, "peak learning rate", least=1e-12, most=1e6)
-    table_lr: float = optim_opt(5.0, "learning rate of the tables, in units of lr (paper: 5)",
-                                least=0)
+    table_lr: float = optim_opt(5.0, "learning rate of the tables and of an --untied embedding, "
+                                "in units of lr (paper: 5)", least=0)
     warmup_share: float = optim_opt(0.05, "share of the steps in which the rate rises",
                                     least=0, most=1)
     min_lr_share: float = optim_opt(0.05, "share of lr that the cosine decay ends at",
@@ -86,8 +86,6 @@ class Config:
                                     "lr", least=0)
     optimizer: str = optim_opt("muon", "of the blocks' matrices, except the router",
                                ("adamw", "muon"))
-    embed_lr: float = optim_opt(1.0, "learning rate of an --untied embedding, in units of lr",
-                                least=0)
     rho: float = opt(0.5, "share of the sparse parameters that stays with experts",
                      least=0, most=1, group="memory")
     large: int = opt(16, "how many times the rows of engram's table the model large has", least=1,
@@ -167,7 +165,7 @@ def train(name, shape, cfg, tell):
         assert not missing, f"no gradient reached {missing}"
         # with several processes, average the loss, all gradients and moe.load over them; the
         # reads then cover every row that one of them has read
-        reads = ranks.meet(loss, model, moes, reads, row_adam.tables)
+        reads = ranks.meet(loss, model, moes, reads)
         # From here on x and y are the next step's. Its addresses need tokens alone, so
         # prepare them while a GPU is still at work. The host waits for it at loss.item().
         x, y, addresses = prepare(step + 1, data, model, cfg)
@@ -183,7 +181,7 @@ def train(name, shape, cfg, tell):
                 group["lr"] = lr * group["lr_scale"]
             optimizer.step()
             optimizer.zero_grad()
-        ranks.update(row_adam, reads, lr * cfg.table_lr)
+        ranks.update(model, row_adam, reads, lr * cfg.table_lr)
         # balance the experts
         loads = [moe.move_bias(cfg.balance_step * lr / cfg.lr) for moe in moes]
         busiest.append(sum(loads) / max(1, len(moes)))
@@ -230,9 +228,6 @@ def start(name, path, shape, cfg, data):
         model = GPT(shape, canonical_ids(data.token_bytes, compress))
     # move it; a large table always stays in host memory
     place(model, cfg.device, "host" if name == "large" else cfg.table)
-    # an accelerator that nobody has tried may err in silence
-    if torch.device(cfg.device).type not in ("cpu", "cuda"):
-        check_rows(model, torch.from_numpy(data.batch(0)[0]))
     # only now: optimisers refer to tensors that have been moved
     backbone, row_adam = optimisers(model, cfg)
     state = {"step": 0, "seconds": 0.0, "records": [], "run": run, "shape": asdict(shape),
@@ -244,7 +239,7 @@ def start(name, path, shape, cfg, data):
             tqdm.write(f"{name:6s} continues after step {state['step']:,}")
             # after a crash the log may be ahead of the checkpoint
             write_log(path.with_name("log.jsonl"), state)
-    # several processes keep one copy of a table in host memory, and of its moments
+    # several processes keep one copy of a table in host memory
     ranks.share_tables(model, row_adam)
     return model, backbone, row_adam, state
 
@@ -268,10 +263,10 @@ def restore(saved, state, backbone, row_adam):
 def optimisers(model, cfg):
     """Return the backbone's optimisers, AdamW and perhaps Muon, and row-wise Adam, without
     decay, for the tables."""
-    # AdamW: matrices decay, norms, biases and taps do not; embed_in has a rate of its own
+    # AdamW: matrices decay, norms, biases and taps do not; embed_in has the tables' rate
     matrices, others, embed_in = ({"params": [], "lr_scale": 1.0} for _ in range(3))
     others["weight_decay"] = 0.0
-    embed_in["lr_scale"] = cfg.embed_lr
+    embed_in["lr_scale"] = cfg.table_lr
     # Muon takes each matrix by itself; these parameters hold several (q, k, v; gate, up)
     parts_of = {"qkv": 3, "w_in": 2}
     muon = {parts: {"params": [], "parts": parts, "lr_scale": 1.0} for parts in (1, 2, 3)}
@@ -310,7 +305,7 @@ def autocast(cfg):
 
 def load_data(cfg, block_size):
     return Data(cfg.dataset, cfg.data_dir, block_size, cfg.tokens_per_step // block_size,
-                cfg.steps, cfg.seed, cfg.eval_tokens, cfg.device)
+                cfg.steps, cfg.seed, cfg.eval_tokens)
 
 
 def check_finite(loss, step, path):
@@ -375,6 +370,8 @@ def read_flags(argv):
     try:
         values["engram"] = build(EngramConfig, values, "engram_")
         cfg, shape = build(Config, values), build(GPTConfig, values)
+        if cfg.dataset == "auto":
+            cfg.dataset = "python" if cfg.device == "cpu" else "tinystories"
         at_once = ranks.RANKS * cfg.batch_size * shape.block_size
         if cfg.tokens_per_step % at_once:
             raise ValueError(f"tokens_per_step {cfg.tokens_per_step} is not a multiple of "
@@ -386,9 +383,9 @@ def read_flags(argv):
 
 
 def open_out_dir(cfg):
-    """Make the models' folders and return {model: path of its checkpoint}. Without --resume
-    none may exist; with it one must, and the others start anew. Settle cfg.dtype: timed
-    once, then kept when a run is resumed."""
+    """Make the models' folders. Return {model: path of its checkpoint}, and the dtype: timed
+    once, then kept when a run is resumed. Without --resume no checkpoint may exist; with it
+    one must, and the others start anew."""
     names = ["moe", "engram", "large"] if cfg.model == "all" else [cfg.model]
     paths = {name: Path(cfg.out_dir) / name / "ckpt.pt" for name in names}
     there = [path for path in paths.values() if path.exists()]
@@ -396,14 +393,15 @@ def open_out_dir(cfg):
         fail(f"{there[0]} exists: continue with --resume, or use another --out_dir")
     if cfg.resume and not there:
         fail(f"nothing to resume: there is no {paths[names[0]]}; leave out --resume")
-    if cfg.dtype == "auto" and there:
+    dtype = cfg.dtype
+    if dtype == "auto" and there:
         saved, _ = load_checkpoint(there[0], map_file=True)
-        cfg.dtype = saved["run"]["dtype"]
-    elif cfg.dtype == "auto":
-        cfg.dtype = faster_dtype(cfg.device)
+        dtype = saved["run"]["dtype"]
+    elif dtype == "auto":
+        dtype = faster_dtype(cfg.device)
     for path in paths.values():
         path.parent.mkdir(parents=True, exist_ok=True)
-    return paths
+    return paths, dtype
 
 
 def describe_data(cfg, data, memories):
@@ -433,10 +431,10 @@ def main(argv=None):
     if cfg.compile and not any(map(shutil.which, compilers)):
         fail("--compile needs a C++ compiler; there is no g++ or clang++ here: leave it out")
     new_figure()
-    paths = ranks.in_turn(partial(open_out_dir, cfg))
-    # all processes take what the first has timed
-    cfg.dtype = ranks.of_first(cfg.dtype)
-    data = ranks.in_turn(partial(load_data, cfg, shape.block_size))
+    paths, cfg.dtype = ranks.of_first(partial(open_out_dir, cfg))
+    # one process prepares the data, all load it
+    ranks.of_first(partial(find, cfg.dataset, cfg.data_dir))
+    data = load_data(cfg, shape.block_size)
     shape.vocab_size = data.meta["vocab_size"]
     try:
         shapes, lines = shapes_of(cfg.model, shape, cfg.rho, cfg.large)

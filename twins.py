@@ -2,7 +2,7 @@
 Make the shapes of two models with the same parameters and the same compute: one with
 Engram, and its MoE-only twin.
 
-    shapes, numbers = make_twins(GPTConfig(), rho=0.75)    # {"engram": ..., "moe": ...}
+    shapes = make_twins(GPTConfig(), rho=0.75)             # {"engram": ..., "moe": ...}
 
 The idea: a comparison is fair if total and active parameters, P_tot and P_act, are equal.
 So Engram gives up routed experts for its table, and the twin gets the compute that
@@ -16,6 +16,7 @@ import torch
 
 from engram import canonical_ids
 from model import GPT, accounting
+from prepare_data import grams
 
 
 def count(cfg):
@@ -26,7 +27,7 @@ def count(cfg):
 
 def make_twins(cfg, rho):
     """Return {"engram": GPTConfig, "moe": GPTConfig}, two models of the same P_tot and
-    P_act, and the numbers that lead there.
+    P_act.
 
     cfg: the common shape; its n_expert is the MoE-only twin's. rho is the share of the
     sparse parameters P_sparse that stays with routed experts (paper, section 3). If
@@ -34,44 +35,37 @@ def make_twins(cfg, rho):
     Raise ValueError if there are no experts to drop or no row can be paid for."""
     if not cfg.n_expert:
         raise ValueError("n_expert 0: twins need experts")
-    if not 0 <= rho < 1:
-        raise ValueError(f"rho {rho}: must be from 0 (all memory) to below 1 (no memory)")
-    given = cfg.engram.rows
 
     # 1. Engram drops routed experts. The top k stay, for they are active and not sparse.
     n_expert = cfg.top_k + round(rho * (cfg.n_expert - cfg.top_k))
-    engram = replace(cfg, n_expert=n_expert, engram=replace(cfg.engram, rows=given or 1))
+    engram = replace(cfg, n_expert=n_expert, engram=replace(cfg.engram, rows=cfg.engram.rows or 1))
     moe = replace(cfg, engram=None)
 
     # 2. Reading is compute too: rows are projected to keys and values. The MoE-only twin
     #    gets a wider shared expert for that, rounded up, so it never has less compute.
     owed = count(engram)["P_act"] - count(moe)["P_act"]
-    widened = max(0, math.ceil(owed / (3 * cfg.n_embd * cfg.n_layer)))
-    moe.shared_hidden += widened
+    moe.shared_hidden += max(0, math.ceil(owed / (3 * cfg.n_embd * cfg.n_layer)))
 
     # 3. What is left to the twin's total becomes rows. The rows of a head are a prime at
     #    or above the number asked for, so go down until they fit.
+    if cfg.engram.rows:
+        # rows that were given stay
+        return {"engram": engram, "moe": moe}
     base = count(engram)
     freed = count(moe)["P_tot"] - (base["P_tot"] - base["table_parameters"])
     per_row = len(cfg.engram.blocks) * cfg.engram.d_mem
     rows = freed // per_row
-    while not given and rows > 1:
+    while rows > 1:
         engram.engram = replace(cfg.engram, rows=rows)
         over = count(engram)["table_parameters"] - freed
         if over <= 0:
             break
         rows -= math.ceil(over / per_row)
-    if not given and (n_expert == cfg.n_expert or rows < 2):
+    if n_expert == cfg.n_expert or rows < 2:
         raise ValueError(f"rho {rho} leaves no row: {n_expert} of {cfg.n_expert} experts stay, "
                          f"and a row in each head takes {per_row:,} parameters; use a smaller "
                          "rho or more experts")
-
-    # the rho that is reached: experts that one token does not use, over all such parameters
-    size = count(engram)
-    in_experts = cfg.n_layer * (n_expert - cfg.top_k) * 3 * cfg.n_embd * cfg.expert_hidden
-    numbers = {"engram": size, "moe": count(moe), "widened": widened,
-               "rho": in_experts / max(1, size["P_sparse"])}
-    return {"engram": engram, "moe": moe}, numbers
+    return {"engram": engram, "moe": moe}
 
 
 def shapes_of(model, shape, rho, large):
@@ -80,8 +74,8 @@ def shapes_of(model, shape, rho, large):
     if model == "moe" and not has_place:
         # a shape that has no place for a memory needs no twin
         return {"moe": replace(shape, engram=None)}, []
-    shapes, numbers = make_twins(shape, rho)
-    lines = explain(shape, shapes, numbers, rho)
+    shapes = make_twins(shape, rho)
+    lines = explain(shape, shapes, rho)
     # as many numbers are read per token, but from a larger table
     memory = shapes["engram"].engram
     rows = tuple(large * n for n in memory.rows)
@@ -97,12 +91,7 @@ def crowding(memories, x, token_bytes):
     row."""
     memory = next(iter(memories.values()))
     ids = canonical_ids(token_bytes, memory.compress)[x]
-    base, grams, found = int(ids.max()) + 1, np.zeros((len(x), x.shape[1] + 1), int), {}
-    for order in range(1, memory.orders[-1] + 1):
-        # an n-gram is an (n-1)-gram and a token; numbered anew, so that numbers stay small
-        grams = grams[:, :-1] * base + ids[:, order - 1:]
-        different, number = np.unique(grams, return_inverse=True)
-        grams, found[order] = number.reshape(grams.shape), len(different)
+    found = {order: len(np.unique(grams(ids, order, len(token_bytes)))) for order in memory.orders}
     lines = []
     for name, memory in memories.items():
         shares = [f"{found[order] / rows:.1f} {order}-grams"
@@ -112,16 +101,17 @@ def crowding(memories, x, token_bytes):
     return lines
 
 
-def explain(shape, shapes, numbers, rho):
+def explain(shape, shapes, rho):
     """Return lines that say what became of the experts, and that the totals are equal."""
-    memory, a, b = shapes["engram"].engram, numbers["engram"], numbers["moe"]
+    memory, a, b = shapes["engram"].engram, count(shapes["engram"]), count(shapes["moe"])
+    widened = shapes["moe"].shared_hidden - shape.shared_hidden
     table = (f"{len(memory.blocks)} layer(s) x {len(memory.orders)} orders x {memory.heads} "
              f"heads x ~{memory.rows[0]:,} rows x {memory.width}")
     lines = [f"engram  {shapes['engram'].n_expert} of the {shape.n_expert} routed experts in "
              "each block, and a memory of",
              f"        {table} = {a['table_parameters']:,} numbers;",
              f"        a token reads {a['bytes_read_per_token']:,} bytes of it",
-             f"moe     all {shape.n_expert} experts, and {numbers['widened']} hidden units more "
+             f"moe     all {shape.n_expert} experts, and {widened} hidden units more "
              "in the shared expert,",
              "        for the compute that reading the memory takes",
              f"{'':8s}{'P_tot, all but the embedding':>30s}{'P_act, used per token':>24s}"
@@ -133,6 +123,6 @@ def explain(shape, shapes, numbers, rho):
     if abs(off) > 0.01:
         lines.append(f"These are not twins: P_tot differs by {off:.1%}.")
     else:
-        lines.append(f"Of the sparse parameters, P_tot - P_act, {numbers['rho']:.1%} stay "
+        lines.append(f"Of the sparse parameters, P_tot - P_act, {a['rho']:.1%} stay "
                      f"with experts (rho {rho} was asked; experts are whole).")
     return lines

@@ -36,7 +36,7 @@ COMMITTED = Path(__file__).resolve().parent / "results"
 BUCKETS = {"never": 0, "1-9": 1, "10-99": 10, "100-999": 100, "1,000 or more": 1000}
 STYLES = (("tab:blue", "-"), ("tab:orange", "--"), ("black", ":"), ("tab:green", "-."),
           ("tab:red", "-"), ("tab:purple", "--"), ("tab:brown", ":"), ("tab:cyan", "-."),
-          ("tab:pink", "--"))
+          ("tab:pink", "--"), ("tab:olive", ":"))
 
 
 # ---- runs ----------------------------------------------------------------------------
@@ -46,7 +46,7 @@ def load_pair(out_dir, twin=True):
     and of Engram .saved, .cfg, .data, .canonical, and how many .sequences it has read."""
     saved, engram = load_checkpoint(Path(out_dir) / "engram" / "ckpt.pt")
     cfg = Config(**saved["header"]["config"])
-    cfg.device, cfg.dataset = default_device(), saved["header"]["data"]["name"]
+    cfg.device = default_device()
     moe = None
     if twin:
         other, moe = load_checkpoint(Path(out_dir) / "moe" / "ckpt.pt")
@@ -106,23 +106,21 @@ def interval(values):
 
 
 def over_pairs(found):
-    """Return what is saved of the numbers of several pairs, all in dicts of the same shape.
-    "half" is None for one pair; a bucket that a pair does not have is left out."""
-    if isinstance(found[0], dict):
-        table = {}
-        for name in found[0]:
-            if all(name in of_pair for of_pair in found):
-                table[name] = over_pairs([of_pair[name] for of_pair in found])
-        return table
-    mean, half = interval(found)
-    return {"mean": mean, "half": half if len(found) > 1 else None, "values": found}
+    """Return the numbers of several pairs, all in dicts of the same shape, as one dict of
+    lists. A bucket that a pair does not have is left out."""
+    if not isinstance(found[0], dict):
+        return found
+    table = {}
+    for name in found[0]:
+        if all(name in of_pair for of_pair in found):
+            table[name] = over_pairs([of_pair[name] for of_pair in found])
+    return table
 
 
-def says(number):
-    """Return a number over pairs in words."""
-    if number["half"] is None:
-        return f"{number['mean']:+.3f} (n=1)"
-    return f"{number['mean']:+.3f} ± {number['half']:.3f}"
+def says(values):
+    """Return a number of several pairs in words."""
+    mean, half = interval(values)
+    return f"{mean:+.3f} ± {half:.3f}" if len(values) > 1 else f"{mean:+.3f} (n=1)"
 
 
 def by_bucket(seen, values):
@@ -143,11 +141,10 @@ def points(axes, x, columns, style, label=None):
 
 
 def draw_buckets(axes, tables):
-    """Draw {label: {bucket: number over pairs}}, a line each."""
+    """Draw {label: {bucket: values of the pairs}}, a line each."""
     names = list(BUCKETS)
     for (label, table), style in zip(tables.items(), STYLES):
-        columns = [number["values"] for number in table.values()]
-        points(axes, [names.index(name) for name in table], columns, style, label)
+        points(axes, [names.index(name) for name in table], table.values(), style, label)
     axes.set_xticks(range(len(names)), names, fontsize=8)
     axes.legend()
 
@@ -173,7 +170,7 @@ def say_knockout(found):
     lines = []
     for name, label in GAINS.items():
         table = found["3-grams"][name]
-        parts = [f"{bucket} {says(number)}" for bucket, number in table.items()]
+        parts = [f"{bucket} {says(values)}" for bucket, values in table.items()]
         lines.append(f"{label}: {says(found[name])} nats per token; by how often training "
                      f"saw the 3-gram: {', '.join(parts)}")
     return lines
@@ -236,7 +233,7 @@ def gates(pair):
 def say_gates(found):
     # the largest order is the last one found
     name = list(found)[-1].removesuffix("s")
-    mean, sd, token, gram, written = (found[key]["mean"] for key in (
+    mean, sd, token, gram, written = (np.mean(found[key]) for key in (
         "mean", "sd", "by the token", "by the n-gram", "by its writing too"))
     return [f"The gate is {mean:.2f} on average (sd {sd:.2f} between tokens). Where a "
             f"{name} recurs, the token explains {token:.1%} of the gate's variance, the "
@@ -339,7 +336,7 @@ def say_depth(found):
     def by_block(numbers):
         # the first is the embedding's
         _, *numbers = numbers.values()
-        return [f"block {i} {says(number)}" for i, number in enumerate(numbers)]
+        return [f"block {i} {says(values)}" for i, values in enumerate(numbers)]
 
     # the last block's prediction is the final one
     lines = ["Distance of a block's output from the final prediction (KL, nats per token), "
@@ -354,7 +351,7 @@ def say_depth(found):
 def draw_depth(axes, found):
     means = []
     for row in found["all tokens"]["engram"].values():
-        means.append([number["mean"] for number in row.values()])
+        means.append([np.mean(values) for values in row.values()])
     means = np.array(means)
     axes.imshow(means, origin="lower", cmap="Blues", vmin=0, vmax=1)
     for (i, j), value in np.ndenumerate(means):
@@ -389,7 +386,7 @@ def facts(pair):
 
 
 def say_facts(found):
-    mean = {name: number["mean"] for name, number in found.items() if name != "headers"}
+    mean = {name: np.mean(values) for name, values in found.items() if name != "headers"}
     return ["Of {facts:.0f} random facts {likeliest:.0%} became the likeliest answer (mean "
             "probability {before:.3f} before, {after:.3f} after). Of 1,000 tokens of other "
             "text {reads:.1f} read one of the rows, the logits of {changed:.0f} changed at "

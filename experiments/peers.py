@@ -122,7 +122,7 @@ def experts(other, title, name, dtype):
 
 
 def engram_over_twin(title, batches):
-    shapes, _ = make_twins(GPTConfig(1024), rho=0.5)
+    shapes = make_twins(GPTConfig(1024), rho=0.5)
     steps = [training_step(GPT(shapes[name], np.arange(1024)), batches)
              for name in ("engram", "moe")]
     compare(f"training step of Engram over its twin, {title}, bf16", *steps, rounds=31)

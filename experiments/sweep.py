@@ -62,8 +62,8 @@ UNTIED = "--model moe --untied --expert_hidden 116 --shared_hidden 148"
 BASELINES = {
     "moe": MOE,
     "adamw": Arm("--model moe --optimizer adamw --lr 0.004", "MoE-only twin, AdamW"),
-    "untied": Arm(UNTIED, "MoE-only, untied input embedding"),
-    "untied 5": Arm(f"{UNTIED} --embed_lr 5", "MoE-only, untied, five times the rate"),
+    "untied": Arm(f"{UNTIED} --table_lr 1", "MoE-only, untied input embedding"),
+    "untied 5": Arm(UNTIED, "MoE-only, untied, five times the rate"),
     "token alone": Arm(f"{TOKEN} --engram_conv_kernel 0", "current token alone, no convolution"),
     "no conv": Arm("--model engram --engram_conv_kernel 0", "Engram without its convolution"),
     "engram": ENGRAM}
@@ -203,7 +203,7 @@ def settle(sweep):
     folder = sweep.base.split("--data_dir ")[1].split()[0]
     if sweep.dataset in TASKS and not (Path(folder) / sweep.dataset / "meta.json").exists():
         make(sweep.dataset, folder)
-    find(sweep.dataset, data_dir=folder)
+    find(sweep.dataset, folder)
     meta = load(sweep.dataset, folder)[0]
     every = -(-sweep.steps // sweep.evaluations)
     return {"flags": f"{sweep.base} --device {device} --dataset {sweep.dataset} --steps "
@@ -449,7 +449,7 @@ def say_memory(sweep, runs):
 # ---- pictures ------------------------------------------------------------------------
 
 # an arm looks the same in all pictures
-CURVE_STYLES = dict(zip([*TWINS, "huge", "many", "slow"], STYLES))
+CURVE_STYLES = dict(zip([*TWINS, "huge", "many", "slow", "half"], STYLES))
 CURVE_STYLES |= {"two": STYLES[1], "one row": STYLES[2]}
 
 
