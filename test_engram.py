@@ -632,6 +632,15 @@ def test_runs_that_are_no_twins(corpus, trained, tmp_path):
     assert [runs.crossing(records, loss) for loss in (4, 6, 1)] == [15, 10, None]
 
 
+def test_out_of_memory_is_one_line(corpus, tmp_path, monkeypatch, refused):
+    """A traceback where a smaller batch would do."""
+    def forward(*args, **how):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has")
+
+    monkeypatch.setattr(GPT, "forward", forward)
+    refused("--batch_size", run, train, *corpus, *TINY, "--model", "moe", "--out_dir", tmp_path)
+
+
 def test_ranks_train_as_one_process(corpus, tmp_path):
     """A gradient that is not averaged, rows that get lost or are updated twice, experts that
     are balanced by one rank's load; a checkpoint that another number cannot resume; an error
