@@ -130,7 +130,7 @@ class Bench:
         return time.perf_counter() * 1e3
 
     def trust(self, reads):
-        """Compare rows that were fetched with the same rows, read again."""
+        """Compare rows that were read with the same rows, read again."""
         for read in reads:
             again = self.engram.table[read.row_ids.to(self.engram.table.device)]
             assert torch.equal(read.leaf.detach().cpu(), again.cpu()), "wrong rows were read"

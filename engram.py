@@ -186,11 +186,12 @@ class Engram(nn.Module):
         reads, [B, T, M] (section 2 of the paper).
 
         x: [B, T] canonical ids; history: the ids just before them, N-1 or more, fewer or
-        None near the start of a text. Each of the last n ids is multiplied by the multiplier of its
-        place (one for the last id, one for the id before, ...), the products are XORed, and
-        the remainder by a head's prime is a row of that head. All heads of an order share the
-        XOR, but each has its own prime, so two n-grams that collide in one head rarely do
-        in another. int64 throughout: hash_multipliers() sees to it that nothing overflows.
+        None near the start of a text. Each of the last n ids is multiplied by the multiplier
+        of its place (one for the last id, one for the id before, ...), the products are
+        XORed, and the remainder by a head's prime is a row of that head. All heads of an
+        order share the XOR, but each has its own prime, so two n-grams that collide in one
+        head rarely do in another. int64 throughout: hash_multipliers() sees to it that
+        nothing overflows.
 
         By hand, for 2-grams and two heads: ids 5, 7, multipliers 3 (for the last id) and
         11, primes 13 and 17. (7 * 3) ^ (5 * 11) = 21 ^ 55 = 34. First head: 34 % 13 = 8.

@@ -176,13 +176,20 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def reset(self):
-        """Initialise matrices as GPT-2 does, branch outputs scaled by the number of branches."""
+        """Initialise as GPT-2 does, branch outputs scaled by the number of branches.
+        Raise ValueError for a parameter that is left out."""
         for name, p in self.named_parameters():
-            # Engram.reset has done it; RMSNorm starts with ones, taps with zeros
+            kind = name.split(".", 2)[-1]        # attn.out.weight of blocks.3.attn.out.weight
             if ".engram." in name or "norm" in name or name == "conv.taps":
-                continue
-            branch_output = name.endswith((".attn.out.weight", ".w_out", ".w_out.weight"))
-            p.normal_(std=0.02 / math.sqrt(2 * self.cfg.n_layer) if branch_output else 0.02)
+                # Engram.reset has done it; RMSNorm starts with ones, taps with zeros
+                pass
+            elif kind in ("attn.out.weight", "moe.w_out", "moe.shared.w_out.weight"):
+                p.normal_(std=0.02 / math.sqrt(2 * self.cfg.n_layer))
+            elif kind in ("attn.qkv.weight", "moe.router.weight", "moe.w_in",
+                          "moe.shared.w_in.weight") or "embed" in name:
+                p.normal_(std=0.02)
+            else:
+                raise ValueError(f"nobody initialises parameter {name}")
 
     def engrams(self):
         return [block.engram for block in self.blocks if block.engram is not None]
@@ -266,10 +273,10 @@ def parameters_by_kind(model):
 def accounting(model):
     """Return the paper's quantities. P_tot: all parameters except the vocabulary
     embedding, which is also the head. P_act: those that one token uses (of tables, the
-    rows that it reads). P_sparse = P_tot - P_act; rho, the share of it that sits in
-    experts. And per token: forward FLOPs of matmuls
-    (2 per active weight, the head included, plus attention at full context) and bytes
-    read from the tables. Rows that are not read cost neither."""
+    rows that it reads). P_sparse = P_tot - P_act; rho: the share of it that is in experts.
+    And per token: forward FLOPs of matmuls (2 per active weight, the head included, plus
+    attention at full context) and bytes read from the tables. Rows that are not read cost
+    neither."""
     cfg, count = model.cfg, parameters_by_kind(model)
     # of all parameters, which does one token use?
     total = sum(count.values()) - count["embedding"]

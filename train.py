@@ -209,8 +209,8 @@ def start(name, path, shape, cfg, data):
     # 4 bytes each for a weight, its gradient and two moments; a table has no such gradient
     size, free = count(shape), free_memory()
     need = 16 * size["parameters"] - 4 * size["table_parameters"]
-    # (free is 0 if it is not known; what a GPU lacks torch will say)
-    if cfg.device == "cpu" and 0 < free < need:
+    # (free is 0 if it is not known)
+    if 0 < free < need:
         fail(f"training this model takes up to {need / 1e9:,.1f} GB, {free / 1e9:.1f} GB are "
              "free: ask for fewer --engram_rows, fewer --n_expert, or a smaller --n_embd")
     # the model: new, or, with --resume, as it was saved

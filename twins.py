@@ -26,8 +26,7 @@ def count(cfg):
 
 
 def make_twins(cfg, rho):
-    """Return {"engram": GPTConfig, "moe": GPTConfig}, two models of the same P_tot and
-    P_act.
+    """Return {"engram": GPTConfig, "moe": GPTConfig}, two models of the same P_tot and P_act.
 
     cfg: the common shape; its n_expert is the MoE-only twin's. rho is the share of the
     sparse parameters P_sparse that stays with routed experts (paper, section 3). If
@@ -46,11 +45,12 @@ def make_twins(cfg, rho):
     owed = count(engram)["P_act"] - count(moe)["P_act"]
     moe.shared_hidden += max(0, math.ceil(owed / (3 * cfg.n_embd * cfg.n_layer)))
 
+    # (rows that were given stay)
+    if cfg.engram.rows:
+        return {"engram": engram, "moe": moe}
+
     # 3. What is left to the twin's total becomes rows. The rows of a head are a prime at
     #    or above the number asked for, so go down until they fit.
-    if cfg.engram.rows:
-        # rows that were given stay
-        return {"engram": engram, "moe": moe}
     base = count(engram)
     freed = count(moe)["P_tot"] - (base["P_tot"] - base["table_parameters"])
     per_row = len(cfg.engram.blocks) * cfg.engram.d_mem
