@@ -375,6 +375,14 @@ def test_attention_by_hand_is_sdpa():
     torch.testing.assert_close(half.double(), full, rtol=0, atol=0.05)
 
 
+def test_a_parameter_that_nobody_initialises():
+    """A matrix that a reader adds, and that keeps what happened to be in memory."""
+    model = tiny_gpt()
+    model.extra = torch.nn.Parameter(torch.empty(3, 3))
+    with pytest.raises(ValueError, match="extra"):
+        model.reset()
+
+
 def test_n_grams_that_share_a_row():
     """Token ids counted for canonical ids, all n-grams for the different ones, or those that
     lie across two sequences; long n-grams of which only the first tokens count."""
